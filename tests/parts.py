@@ -1,7 +1,7 @@
 """A pytest plugin for CI: a test that is skipped because a part of the machine is missing fails.
 
-``pytest -p parts`` with this folder on PYTHONPATH. Such skips have a reason that starts with "needs " (a compiler,
-another user, a namespace, a kernel feature), or come from ``importorskip``. A developer without the
+``pytest -p parts`` with this folder on PYTHONPATH. Such skips have a reason that starts with "needs " (a
+compiler, another user, a namespace), or come from ``importorskip``. A developer without the
 part may skip; where everything is installed, a skip means that set-up has rotted and nobody would notice.
 """
 
