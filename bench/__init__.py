@@ -1,0 +1,1 @@
+"""Benchmarks: interleaved rounds against other loops and against plain C; see docs/benchmarks.md."""

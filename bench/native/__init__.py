@@ -1,0 +1,1 @@
+"""The plain C servers (the limits) and the load generator."""

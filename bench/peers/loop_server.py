@@ -1,0 +1,216 @@
+"""One server on one asyncio-compatible loop, for the load generator.
+
+usage: loop_server.py LOOP KIND PORT MODE
+
+LOOP: asyncio, uvloop, rloop or headrace (on the engine that HEADRACE_ENGINE names)
+KIND: bytes (asyncio.Protocol), buffered (asyncio.BufferedProtocol), streams (asyncio streams) or, on
+      headrace, lease (headrace.Protocol)
+MODE: echo, sink (receive and forget) or source (send without end after the first byte)
+
+Default settings, no tuning, the same code for every loop. Prints ``READY <port>`` when it listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+BACKLOG = 4096
+CHUNK = b"\x07" * 262144
+BUFFER_SIZE = 65536
+
+
+class Flow:
+    """Write side of a source: writes while the transport takes more."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.writable = True
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.writable = False
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self.send()
+
+    def send(self) -> None:
+        while self.writable and not self.transport.is_closing():
+            self.transport.write(CHUNK)
+
+
+class BytesEcho(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+class BytesSink(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        self.received = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+
+
+class BytesSource(Flow, asyncio.Protocol):
+    def data_received(self, data: bytes) -> None:
+        self.send()
+
+
+class BufferedEcho(asyncio.BufferedProtocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.buffer = bytearray(BUFFER_SIZE)
+        self.view = memoryview(self.buffer)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.transport.write(bytes(self.view[:nbytes]))
+
+
+class BufferedSink(asyncio.BufferedProtocol):
+    buffer = bytearray(CHUNK)  # the bytes are forgotten: one for all
+
+    def connection_made(self, transport: Any) -> None:
+        self.received = 0
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received += nbytes
+
+
+class BufferedSource(Flow, asyncio.BufferedProtocol):
+    buffer = bytearray(16)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.send()
+
+
+PROTOCOLS: dict[tuple[str, str], type] = {
+    ("bytes", "echo"): BytesEcho,
+    ("bytes", "sink"): BytesSink,
+    ("bytes", "source"): BytesSource,
+    ("buffered", "echo"): BufferedEcho,
+    ("buffered", "sink"): BufferedSink,
+    ("buffered", "source"): BufferedSource,
+}
+
+
+def add_lease_protocols() -> None:
+    """The same three on headrace.Protocol."""
+    from headrace import Lease, Protocol
+
+    class LeaseEcho(Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def lease_received(self, lease: Lease) -> None:
+            self.transport.write(lease)
+
+    class LeaseSink(Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.received = 0
+
+        def lease_received(self, lease: Lease) -> None:
+            self.received += len(lease)
+
+    class LeaseSource(Flow, Protocol):
+        def lease_received(self, lease: Lease) -> None:
+            self.send()
+
+    PROTOCOLS.update(
+        {("lease", "echo"): LeaseEcho, ("lease", "sink"): LeaseSink, ("lease", "source"): LeaseSource}
+    )
+
+
+async def echo_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+
+
+async def sink_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(65536):
+        pass
+
+
+async def source_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(16)
+    while True:
+        writer.write(CHUNK)
+        await writer.drain()
+
+
+STREAMS = {"echo": echo_stream, "sink": sink_stream, "source": source_stream}
+
+
+def stream_handler(mode: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
+    serve = STREAMS[mode]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)
+        except ConnectionError:
+            pass  # the load generator resets its connections at the end of a round
+        finally:
+            writer.close()
+
+    return handle
+
+
+def new_loop(name: str) -> asyncio.AbstractEventLoop:
+    module = importlib.import_module(name)
+    loop: asyncio.AbstractEventLoop = module.new_event_loop()
+    return loop
+
+
+def check_engine(loop: Any) -> None:
+    """A table row must not show another engine than its name says."""
+    wanted = os.environ.get("HEADRACE_ENGINE")
+    if wanted and loop.engine_name != wanted:
+        raise SystemExit(f"runs on {loop.engine_name}, not on {wanted}: {loop.engine_reason}")
+
+
+async def main(name: str, kind: str, port: int, mode: str) -> None:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("0.0.0.0", port))
+    listener.setblocking(False)
+    bound_port = listener.getsockname()[1]  # asked now: rloop takes the descriptor out of the socket
+    loop = asyncio.get_running_loop()
+    server: asyncio.AbstractServer
+    if kind == "streams":
+        server = await asyncio.start_server(stream_handler(mode), sock=listener, backlog=BACKLOG)
+    else:
+        server = await loop.create_server(PROTOCOLS[kind, mode], sock=listener, backlog=BACKLOG)
+    if name == "headrace":
+        check_engine(loop)
+    async with server:
+        print("READY", bound_port, flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    loop_name, kind_name, port_text, mode_name = sys.argv[1:]
+    if loop_name == "headrace":
+        add_lease_protocols()
+    with asyncio.Runner(loop_factory=lambda: new_loop(loop_name)) as runner:
+        runner.run(main(loop_name, kind_name, int(port_text), mode_name))

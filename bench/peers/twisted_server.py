@@ -1,0 +1,58 @@
+"""The Twisted server: its epoll reactor, default settings, the same work as ``loop_server.py``.
+
+usage: twisted_server.py PORT echo|sink|source
+"""
+
+# ruff: noqa: N802 (the names are Twisted's)
+from __future__ import annotations
+
+import sys
+
+from twisted.internet import epollreactor
+
+epollreactor.install()
+
+from twisted.internet import protocol, reactor  # noqa: E402  (the reactor is chosen by the first import)
+
+BACKLOG = 4096
+CHUNK = b"\x07" * 262144
+
+
+class Server(protocol.Protocol):  # type: ignore[misc]
+    def connectionMade(self) -> None:
+        self.transport.setTcpNoDelay(1)  # asyncio's default
+
+
+class Echo(Server):
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+class Sink(Server):
+    def connectionMade(self) -> None:
+        self.received = 0
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += len(data)
+
+
+class Source(Server):
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.registerProducer(self, False)
+
+    def resumeProducing(self) -> None:
+        self.transport.write(CHUNK)
+
+    def stopProducing(self) -> None:
+        """The connection is gone: nothing to stop."""
+
+
+def main(port: int, mode: str) -> None:
+    factory = protocol.Factory.forProtocol({"echo": Echo, "sink": Sink, "source": Source}[mode])
+    listening = reactor.listenTCP(port, factory, backlog=BACKLOG)
+    reactor.callWhenRunning(lambda: print("READY", listening.getHost().port, flush=True))
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
