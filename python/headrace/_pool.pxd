@@ -42,7 +42,7 @@ cdef class BufferPool:
     cdef readonly int outstanding        # leases alive, not released
     cdef int leak_level
     cdef long long sample
-    cdef dict sites                      # id -> (where made, where last used, size), for leases under observation
+    cdef dict sites                      # id -> (where made, where last used, size), of observed leases
     cdef set warned                      # sites that were logged already
     cdef Block *slab                     # all the Block structs; blocks[i] == &slab[i]
     cdef bint poison                     # fill a block when its last reference goes

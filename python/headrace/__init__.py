@@ -1,0 +1,24 @@
+"""A completion-based networking framework: io_uring under asyncio, leased receive buffers, authenticated streams."""
+
+from __future__ import annotations
+
+from headrace._pool import BufferPool, Lease
+from headrace.errors import EngineError, EngineUnavailable, HeadraceError, StalledError
+from headrace.loop import EventLoop, new_event_loop, run
+from headrace.protocol import Protocol
+
+__all__ = [
+    "BufferPool",
+    "EngineError",
+    "EngineUnavailable",
+    "EventLoop",
+    "HeadraceError",
+    "Lease",
+    "Protocol",
+    "StalledError",
+    "__version__",
+    "new_event_loop",
+    "run",
+]
+
+__version__ = "0.1.0"

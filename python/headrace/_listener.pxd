@@ -1,0 +1,18 @@
+from headrace._engine cimport Completion, Endpoint, Operation
+from headrace._loop cimport LoopCore
+
+
+cdef class Listener(Endpoint):
+    cdef LoopCore loop
+    cdef Operation accept
+    cdef object factory, sock, sslcontext, server, context, tls_timeouts
+    cdef int family, type, proto
+    cdef int backlog
+    cdef double retry_delay      # seconds; grows while descriptors are short
+    cdef object retry
+    cdef bint stopped
+
+    cdef int arm(self) except -1
+    cdef int connection(self, int fd) except -1
+    cdef int refused(self, int error) except -1
+    cdef int secure_connection(self, int fd) except -1

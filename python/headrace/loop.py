@@ -1,0 +1,291 @@
+"""The event loop that users see: CPython's own, with headrace's core, transports and engine under it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from headrace._engine import Engine
+from headrace._epoll import EpollEngine
+from headrace._listener import Listener
+from headrace._loop import LoopCore
+from headrace._pool import BufferPool
+from headrace._stream import StreamTransport
+from headrace._uring import UringEngine
+from headrace.errors import EngineUnavailable
+
+__all__ = ["EventLoop", "new_event_loop", "run"]
+
+logger = logging.getLogger("headrace")
+
+T = TypeVar("T")
+
+ENGINES = ("uring", "epoll")
+
+# Why this process fell back to epoll: said once, not once a loop.
+_reported: set[str] = set()
+
+
+class EventLoop(LoopCore, asyncio.SelectorEventLoop):
+    """A complete asyncio event loop over a completion engine.
+
+    Parameters
+    ----------
+    engine : {"uring", "epoll"} or Engine, optional
+        Which engine executes operations. By default ``HEADRACE_ENGINE`` decides; without it, io_uring where it works
+        and epoll elsewhere (one line on the ``headrace`` logger says why). An engine that is named, here or in the
+        environment, and can't start is an error: :class:`headrace.errors.EngineUnavailable`, from the first run.
+    pool : BufferPool, optional
+        Where received bytes go; by default one of 8 x 256 KiB that grows to 64 MiB.
+    ring_entries, completion_entries : int
+        Sizes of io_uring's queues. Neither is a limit on anything.
+
+    The engine starts at the first run, in the thread that runs. Between runs nothing is in flight, so the next run
+    may be in another thread. Like asyncio's own, the loop isn't thread-safe but for ``call_soon_threadsafe``.
+    """
+
+    def __init__(
+        self,
+        engine: str | Engine | None = None,
+        *,
+        pool: BufferPool | None = None,
+        ring_entries: int = 256,
+        completion_entries: int = 4096,
+    ) -> None:
+        super().__init__()
+        if isinstance(engine, str) and engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or an Engine; not {engine!r}")
+        self._choice = engine
+        self._pool = pool
+        self._ring_entries = ring_entries
+        self._completion_entries = completion_entries
+        self._reason = ""
+        self._listeners: dict[int, Listener] = {}
+        self._previous_wakeup_fd: int | None = None
+        _loops.add(self)
+
+    # ---- the engine ------------------------------------------------------------------------------------------
+
+    @property
+    def engine_name(self) -> str | None:
+        """``"uring"``, ``"epoll"`` or ``"simulated"``; None before the first run."""
+        engine = self._engine
+        return None if engine is None else engine.name
+
+    @property
+    def engine_reason(self) -> str:
+        """Why it's this engine, in words; empty before the first run."""
+        return self._reason
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the loop, its engine and its pool. Cheap: nothing is computed but the dicts."""
+        engine = self._engine
+        running = engine is not None and engine.pool is not None
+        return {
+            "turns": self.turns,
+            "engine": engine.stats() if engine is not None else {},
+            "pool": engine.pool.stats() if running else {},
+        }
+
+    def _start_engine(self) -> None:
+        if self._engine is not None:
+            self._engine_start(self._engine)
+            return
+        choice, asked_by = self._choice, "it was asked for"
+        if isinstance(choice, Engine):
+            self._engine_start(choice)
+            self._reason = asked_by
+            return
+        if choice is None and os.environ.get("HEADRACE_ENGINE"):
+            choice, asked_by = os.environ["HEADRACE_ENGINE"], "HEADRACE_ENGINE says so"
+            if choice not in ENGINES:
+                raise EngineUnavailable(f"HEADRACE_ENGINE must be one of {', '.join(ENGINES)}; not {choice!r}")
+        if choice != "epoll":
+            try:
+                self._engine_start(self._new_uring())
+            except EngineUnavailable as exc:
+                if choice == "uring":
+                    raise
+                asked_by = str(exc)
+                if asked_by not in _reported:
+                    _reported.add(asked_by)
+                    logger.warning("headrace runs on epoll: %s", asked_by)
+            else:
+                self._reason = asked_by if choice else "io_uring works here"
+                return
+        self._engine_start(EpollEngine(self._pool))
+        self._reason = asked_by
+
+    def _new_uring(self) -> UringEngine:
+        return UringEngine(
+            self._pool, ring_entries=self._ring_entries, completion_entries=self._completion_entries
+        )
+
+    # ---- running ---------------------------------------------------------------------------------------------
+
+    def run_forever(self) -> None:
+        """Runs until ``stop`` is called. When it returns, nothing is in flight: see the class."""
+        self._check_closed()
+        self._check_running()
+        self._start_engine()
+        try:
+            self._hear_signals()
+            super().run_forever()
+        finally:
+            self._unhear_signals()
+            self._engine_stop()
+
+    def _hear_signals(self) -> None:
+        """Lets a signal that another thread receives end this thread's wait."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous_wakeup_fd = signal.set_wakeup_fd(self._csock.fileno(), warn_on_full_buffer=False)
+
+    def _unhear_signals(self) -> None:
+        previous, self._previous_wakeup_fd = self._previous_wakeup_fd, None
+        if previous is None or self._forked:
+            return
+        # With handlers installed, asyncio keeps its wake-up descriptor between runs: no signal is lost.
+        if not self._signal_handlers:
+            signal.set_wakeup_fd(previous, warn_on_full_buffer=False)
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        """See :meth:`asyncio.loop.remove_signal_handler`."""
+        removed = super().remove_signal_handler(sig)
+        if removed and self._previous_wakeup_fd is not None:
+            signal.set_wakeup_fd(self._csock.fileno(), warn_on_full_buffer=False)
+        return removed
+
+    def close(self) -> None:
+        """Closes the loop: the engine's descriptors, and everything that asyncio closes. Idempotent."""
+        if self.is_running():
+            raise RuntimeError("Cannot close a running event loop")
+        if self.is_closed():
+            return
+        self._engine_close()
+        super().close()
+        _loops.discard(self)
+
+    def _forked_child(self) -> None:
+        """The child closes its copies of the loop's descriptors, and can't use the loop."""
+        self._engine_forked()
+        if self._selector is not None:
+            self._selector.close()
+            self._selector = None
+        for sock in (self._ssock, self._csock):
+            if sock is not None:
+                sock.close()
+        self._ssock = self._csock = None
+
+    # ---- transports ------------------------------------------------------------------------------------------
+
+    def _make_socket_transport(
+        self,
+        sock: Any,
+        protocol: Any,
+        waiter: asyncio.Future[Any] | None = None,
+        *,
+        extra: dict[str, Any] | None = None,
+        server: Any = None,
+    ) -> StreamTransport:
+        self._ensure_fd_no_transport(sock)
+        return StreamTransport(self, sock, protocol, waiter, extra, server)
+
+    def _make_ssl_transport(
+        self,
+        rawsock: Any,
+        protocol: Any,
+        sslcontext: Any,
+        waiter: asyncio.Future[Any] | None = None,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        extra: dict[str, Any] | None = None,
+        server: Any = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> Any:
+        """asyncio's TLS, over our transport."""
+        self._ensure_fd_no_transport(rawsock)
+        tls = asyncio.sslproto.SSLProtocol(
+            self,
+            protocol,
+            sslcontext,
+            waiter,
+            server_side,
+            server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+        StreamTransport(self, rawsock, tls, None, extra, server)
+        return tls._app_transport
+
+    def _start_serving(
+        self,
+        protocol_factory: Any,
+        sock: Any,
+        sslcontext: Any = None,
+        server: Any = None,
+        backlog: int = 100,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> None:
+        self._listeners[sock.fileno()] = Listener(
+            self, protocol_factory, sock, sslcontext, server, (ssl_handshake_timeout, ssl_shutdown_timeout)
+        )
+
+    def _stop_serving(self, sock: Any) -> None:
+        listener = self._listeners.pop(sock.fileno(), None)
+        if listener is not None:
+            listener.stop()
+        sock.close()
+
+    async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
+        reading = transp.is_reading()
+        transp.pause_reading()
+        await transp._make_empty_waiter()
+        transp._lend_descriptor(True)
+        try:
+            return await self.sock_sendfile(transp._sock, file, offset, count, fallback=False)
+        finally:
+            transp._lend_descriptor(False)
+            transp._reset_empty_waiter()
+            if reading:
+                transp.resume_reading()
+
+
+_loops: weakref.WeakSet[EventLoop] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for loop in list(_loops):
+        loop._forked_child()
+    _loops.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def new_event_loop(engine: str | Engine | None = None, **options: Any) -> EventLoop:
+    """A new :class:`EventLoop`; what ``asyncio.Runner(loop_factory=headrace.new_event_loop)`` wants."""
+    return EventLoop(engine, **options)
+
+
+def run(main: Coroutine[Any, Any, T], *, engine: str | Engine | None = None, debug: bool | None = None) -> T:
+    """``asyncio.run`` on a headrace loop.
+
+    Parameters
+    ----------
+    main : coroutine
+    engine : {"uring", "epoll"} or Engine, optional
+        See :class:`EventLoop`.
+    debug : bool, optional
+        asyncio's debug mode; by default what ``PYTHONASYNCIODEBUG`` says.
+    """
+    with asyncio.Runner(debug=debug, loop_factory=lambda: new_event_loop(engine)) as runner:
+        return runner.run(main)

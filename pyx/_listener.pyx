@@ -1,0 +1,163 @@
+"""Accepting: a multishot accept per listening socket.
+
+At the descriptor limit a multishot accept ends with EMFILE, and re-arming it at once would spin. So it is re-armed
+after a while (100 ms, doubling to 1 s), or as soon as a transport of this loop closes its descriptor.
+"""
+import asyncio
+import socket as socket_module
+
+from asyncio import trsock
+from asyncio.log import logger
+
+cimport cython
+from cpython.contextvars cimport PyContext_Copy, PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
+from cpython.object cimport PyObject
+from libc.string cimport memset
+
+from headrace._engine cimport ACCEPT, IDLE, Completion, Endpoint, Operation
+from headrace._loop cimport LoopCore
+from headrace._stream cimport StreamTransport
+
+import os
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
+    #include <sys/socket.h>
+    """
+    enum:
+        E_MFILE "EMFILE", E_NFILE "ENFILE", E_NOBUFS "ENOBUFS", E_NOMEM "ENOMEM", E_CANCELED "ECANCELED"
+        AF_INET, AF_INET6, IPPROTO_TCP, TCP_NODELAY, SOCK_STREAM
+    int c_setsockopt "setsockopt"(int fd, int level, int name, const void *value, unsigned size) nogil
+
+cdef double RETRY_FIRST = 0.1
+cdef double RETRY_LAST = 1.0
+
+
+@cython.final
+cdef class Listener(Endpoint):
+    """What serves one listening socket for an ``asyncio.Server``."""
+
+    def __init__(self, LoopCore loop, protocol_factory, sock, sslcontext, server, tls_timeouts):
+        cdef int on = 1
+        self.loop = loop
+        self.factory = protocol_factory
+        self.sock = sock
+        self.family = sock.family
+        self.type = sock.type
+        self.proto = sock.proto
+        self.sslcontext = sslcontext
+        self.server = server
+        self.tls_timeouts = tls_timeouts
+        self.context = PyContext_CopyCurrent()
+        self.retry_delay = RETRY_FIRST
+        self.accept.owner = <PyObject *>self
+        self.accept.kind = ACCEPT
+        self.accept.fd = sock.fileno()
+        if self.family in (AF_INET, AF_INET6) and self.type == SOCK_STREAM:
+            # Accepted sockets inherit it: one system call less for each.
+            c_setsockopt(self.accept.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+        self.arm()
+
+    cdef int arm(self) except -1:
+        if self.accept.state == IDLE and not self.stopped:
+            self.loop.engine.submit(&self.accept)
+        return 0
+
+    cdef int flush(self) except -1:
+        """A descriptor has become free, or the time is up."""
+        if self.retry is not None:
+            self.retry.cancel()
+            self.retry = None
+        return self.arm()
+
+    def _retry(self):
+        if self in self.loop.accept_starved:
+            self.loop.accept_starved.remove(self)
+        self.flush()
+
+    cdef int complete(self, Completion *completion) except -1:
+        cdef int result = completion.result
+        if result >= 0:
+            if self.stopped:
+                # Accepted while the accept was being cancelled: nobody serves it any more.
+                self.loop.engine.close_descriptor(result)
+                return 0
+            self.retry_delay = RETRY_FIRST
+            self.connection(result)
+        elif result == -E_MFILE or result == -E_NFILE or result == -E_NOBUFS or result == -E_NOMEM:
+            return self.refused(-result)
+        elif result != -E_CANCELED and self.loop._debug:
+            logger.debug("%r: accept failed: %s", self.server, os.strerror(-result))
+        return self.arm()
+
+    cdef int refused(self, int error) except -1:
+        """No resources for another connection; it stays in the backlog."""
+        if self.stopped:
+            return 0
+        if self.retry_delay == RETRY_FIRST:    # once, not at each attempt
+            self.loop.call_exception_handler({
+                "message": f"accept() is out of system resources, retrying: {os.strerror(error)} "
+                           "(raise RLIMIT_NOFILE, or close connections)",
+                "exception": OSError(error, os.strerror(error)),
+                "socket": trsock.TransportSocket(self.sock),
+            })
+        self.retry = self.loop.call_later(self.retry_delay, self._retry)
+        self.retry_delay = min(2 * self.retry_delay, RETRY_LAST)
+        self.loop.accept_starved.append(self)
+        return 0
+
+    cdef int connection(self, int fd) except -1:
+        """A new connection, in a context of its own."""
+        cdef StreamTransport transport
+        cdef object context
+        cdef object protocol = None
+        if self.sslcontext is not None:
+            return self.secure_connection(fd)
+        context = PyContext_Copy(self.context)
+        PyContext_Enter(context)
+        try:
+            protocol = self.factory()
+            transport = StreamTransport.__new__(StreamTransport)
+            transport.open(self.loop, None, fd, self.family, self.type, self.proto, self.server, None)
+            transport.adopt(protocol)
+        except (SystemExit, KeyboardInterrupt):
+            self.loop.engine.close_descriptor(fd)
+            raise
+        except BaseException as exc:
+            self.loop.engine.close_descriptor(fd)
+            self.loop.call_exception_handler({
+                "message": "Error on transport creation for incoming connection",
+                "exception": exc, "protocol": protocol,
+            })
+            return 0
+        finally:
+            PyContext_Exit(context)
+        return transport.connect()
+
+    cdef int secure_connection(self, int fd) except -1:
+        """TLS by asyncio's own protocol, which wants a task to wait for the handshake."""
+        sock = socket_module.socket(self.family, self.type, self.proto, fileno=fd)
+        sock.setblocking(False)
+        try:
+            extra = {"peername": sock.getpeername()}
+        except OSError:    # gone already
+            sock.close()
+            return 0
+        self.loop.create_task(self.loop._accept_connection2(
+            self.factory, sock, extra, self.sslcontext, self.server, *self.tls_timeouts
+        ))
+        return 0
+
+    def stop(self):
+        """Ends accepting. When it returns, nothing but the caller's socket holds the port."""
+        if self.stopped:
+            return
+        self.stopped = True
+        if self.retry is not None:
+            self.retry.cancel()
+            self.retry = None
+            self.loop.accept_starved.remove(self)
+        self.loop.engine.cancel_now(&self.accept)
