@@ -1,18 +1,20 @@
+# cython: auto_pickle=False
 """Receive memory that belongs to the loop, and leases on the received parts of it.
 
 A *block* is a piece of memory that an engine posts for the kernel to fill. It is reference counted: one
-reference for the engine while the block is posted, one for each completion that isn't delivered yet, and one for
-each lease. The last one to go puts the block back on the idle stack. Nothing else decides when memory may be
-written again, so bytes that somebody can still see never change.
+reference for the engine while the block is posted, one for each completion that isn't delivered yet, and one
+for each lease. The last one to go puts the block back on the idle stack. Nothing else decides when memory may
+be written again, so bytes that somebody can still see never change.
 
 Nobody can starve anybody:
 
 * The pool grows by doubling, from nothing to ``maximum`` blocks, and then says so: ``take()`` returns NULL.
-* One lease of a byte pins a whole block. So the pool counts the blocks that leases hold, and when they are half of
-  what there can be it is ``low``: receives are then delivered as copies (``copy()``) until leases come back. The
-  other half keeps circulating between the engine and the transports, however long leases are held. A pool of
-  one block is always low.
-* A ``Ledger`` counts the bytes that one connection's leases hold; a transport copies when it is over its budget.
+* One lease of a byte pins a whole block. So the pool counts the blocks that leases hold, and when they are
+  half of what there can be it is ``low``: receives are then delivered as copies (``copy()``) until leases
+  come back. The other half keeps circulating between the engine and the transports, however long leases are
+  held. A pool of one block is always low.
+* A ``Ledger`` counts the bytes that one connection's leases hold; a transport copies when it is over its
+  budget.
 
 Everything here happens under the GIL: leases may be used and released in any thread.
 """
@@ -64,7 +66,8 @@ cdef class Ledger:
     """The bytes of pool memory that one connection's leases hold (``leased``)."""
 
 
-# Untracked by the collector: nothing it refers to can refer to it. So it can never be cleared under a live lease.
+# Untracked by the collector: nothing it refers to can refer to it. So it can never be cleared under a live
+# lease.
 @cython.no_gc
 cdef class BufferPool:
     """Blocks of receive memory, shared by all connections of a loop.
@@ -72,14 +75,14 @@ cdef class BufferPool:
     :param block_size: bytes per block; a multiple of 4,096, from 4 KiB to 1 GiB.
     :param target: blocks that an engine keeps posted.
     :param maximum: blocks in all; ``target <= maximum <= 32768``. No memory is allocated before it is needed.
-    :param leak_level: which leases are observed: ``"off"``, ``"sampled"`` (one in 128) or ``"all"``; by default what
-        the environment variable ``HEADRACE_LEAKS`` says, else off. An observed lease remembers where it was made and
-        last used, shows in :meth:`report`, and when it is collected without having been released that is logged on
-        ``headrace.pool``, once per site.
+    :param leak_level: which leases are observed: ``"off"``, ``"sampled"`` (one in 128) or ``"all"``; by
+        default what the environment variable ``HEADRACE_LEAKS`` says, else off. An observed lease remembers
+        where it was made and last used, shows in :meth:`report`, and when it is collected without having been
+        released that is logged on ``headrace.pool``, once per site.
     :raises ValueError: for arguments outside these bounds.
 
-    With ``HEADRACE_POISON=1`` in the environment a block is filled with 0xDB when its last reference goes, so that
-    a use of stale memory shows.
+    With ``HEADRACE_POISON=1`` in the environment a block is filled with 0xDB when its last reference goes, so
+    that a use of stale memory shows.
     """
 
     def __cinit__(
@@ -88,7 +91,7 @@ cdef class BufferPool:
         cdef int i
         self.wake_fd = -1
         if not PAGE <= block_size <= LARGEST_BLOCK or block_size % PAGE:
-            raise ValueError(f"block_size must be a multiple of 4096 from 4096 to 1073741824, not {block_size}")
+            raise ValueError(f"block_size must be a multiple of 4096 up to 1073741824, not {block_size}")
         if not 1 <= maximum <= MOST_BLOCKS:
             raise ValueError(f"maximum must be 1 to {MOST_BLOCKS} blocks, not {maximum}")
         if not 1 <= target <= maximum:
@@ -188,11 +191,12 @@ cdef class BufferPool:
     def stats(self):
         """Counts, as a dict of int; bytes where it says so. A snapshot: any thread may ask.
 
-        ``block_size`` (bytes), ``maximum``, ``allocated``, ``free``, ``posted``, ``pinned`` (by leases): blocks.
-        ``leased``: bytes of blocks that leases hold. ``outstanding``: leases alive and not released, copies
-        included. ``leases``, ``copies``: receives delivered in place and as copies, since the pool was made.
-        ``exhausted``: how often no block could be had. ``collected_not_released``: leases whose last reference went
-        before anybody called ``release()``: no memory is lost, but it came back later than it could.
+        ``block_size`` (bytes), ``maximum``, ``allocated``, ``free``, ``posted``, ``pinned`` (by leases):
+        blocks. ``leased``: bytes of blocks that leases hold. ``outstanding``: leases alive and not released,
+        copies included. ``leases``, ``copies``: receives delivered in place and as copies, since the pool was
+        made. ``exhausted``: how often no block could be had. ``collected_not_released``: leases whose last
+        reference went before anybody called ``release()``: no memory is lost, but it came back later than it
+        could.
         """
         return {
             "block_size": self.block_size,
@@ -210,9 +214,10 @@ cdef class BufferPool:
         }
 
     def report(self):
-        """The leases under observation that are alive and not released: a list of ``(site, size)``, oldest first.
+        """The leases under observation that are alive, not released: a list of ``(site, size)``, oldest first.
 
-        ``site`` says in words where the lease was made and last used, innermost frame first; ``size`` is in bytes.
+        ``site`` says in words where the lease was made and last used, innermost frame first; ``size`` is in
+        bytes.
         """
         return [(describe(site), site[2]) for site in self.sites.values()]
 
@@ -240,20 +245,20 @@ cdef class BufferPool:
         return self.copy(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
 
-# Untracked by the collector: nothing that a lease refers to can refer to the lease. With the free list that makes
-# the lease of a packet as cheap as a small bytes object.
+# Untracked by the collector: nothing that a lease refers to can refer to the lease. With the free list that
+# makes the lease of a packet as cheap as a small bytes object.
 @cython.no_gc
 @cython.freelist(256)
 cdef class Lease:
     """Received bytes, in the protocol's hands: a read-only, contiguous, one-dimensional buffer of bytes.
 
-    ``len()``, ``lease[i]``, iteration, ``==`` with any bytes-like object, ``bytes(lease)`` and ``memoryview(lease)``
-    do what they do for bytes. ``lease[a:b]`` is a lease of its own on the same memory: it stays valid when the
-    original is released. A lease is not hashable.
+    ``len()``, ``lease[i]``, iteration, ``==`` with any bytes-like object, ``bytes(lease)`` and
+    ``memoryview(lease)`` do what they do for bytes. ``lease[a:b]`` is a lease of its own on the same memory:
+    it stays valid when the original is released. A lease is not hashable.
 
-    The memory goes back to the pool with :meth:`release`, at the end of a ``with`` block, or with the last reference
-    to the lease. Release early: until then a block can't be filled again. As long as a memoryview (or
-    another buffer) looks at the bytes they can't be released, and never change.
+    The memory goes back to the pool with :meth:`release`, at the end of a ``with`` block, or with the last
+    reference to the lease. Release early: until then a block can't be filled again. As long as a memoryview
+    (or another buffer) looks at the bytes they can't be released, and never change.
 
     Any use of a released lease raises ValueError. Any thread may use and release a lease.
     """
@@ -344,7 +349,10 @@ cdef class Lease:
         check(self)
         if not PyObject_CheckBuffer(other):
             return NotImplemented
-        PyObject_GetBuffer(other, &view, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(other, &view, PyBUF_SIMPLE)
+        except BufferError:          # not contiguous: such a buffer knows how to compare itself
+            return NotImplemented
         equal = view.len == self.size and memcmp(view.buf, self.data, self.size) == 0
         PyBuffer_Release(&view)
         return equal
@@ -405,7 +413,7 @@ cdef class Lease:
         return result
 
     def touch(self, hint=None):
-        """Notes, if the leak detector observes this lease, that it was here; `hint` says where (default: the caller)."""
+        """Notes, if the leak detector observes this lease, where it was: `hint`, or else the caller."""
         check(self)
         if self.observed and hint is not None:
             note(self, str(hint))
@@ -425,9 +433,6 @@ cdef class Lease:
         self.released = True
         if self.pins == 0:
             give_back(self)
-
-    def __reduce__(self):
-        raise TypeError("a lease can't be pickled or copied; bytes(lease) can")
 
 
 # --- how blocks come and go
@@ -475,7 +480,7 @@ cdef void wake_engine(BufferPool pool) noexcept:
     write(pool.wake_fd, &one, sizeof(one))
 
 
-cdef void unlease(BufferPool pool, Block *block) noexcept:
+cdef inline void unlease(BufferPool pool, Block *block) noexcept:
     # A lease gives its reference back.
     block.leases -= 1
     if block.leases == 0:
@@ -486,7 +491,9 @@ cdef void unlease(BufferPool pool, Block *block) noexcept:
 
 # --- how leases come and go
 
-cdef void settle(Lease lease, BufferPool pool, Block *block, char *data, Py_ssize_t size, Ledger ledger) noexcept:
+cdef inline void settle(
+    Lease lease, BufferPool pool, Block *block, char *data, Py_ssize_t size, Ledger ledger
+) noexcept:
     # Takes its place in the block, with a reference that the caller had.
     lease.pool = pool
     lease.block = block
@@ -519,7 +526,7 @@ cdef Lease wrap(BufferPool pool, bytes heap):
     return result
 
 
-cdef void give_back(Lease lease) noexcept:
+cdef inline void give_back(Lease lease) noexcept:
     cdef Block *block = lease.block
     lease.data = NULL
     lease.pool.outstanding -= 1
@@ -539,11 +546,11 @@ cdef tuple forget(Lease lease):
     return lease.pool.sites.pop(<size_t><void *>lease, None)
 
 
-cdef int check(Lease lease) except -1:
+cdef inline int check(Lease lease) except -1:
     # Before each use. For an observed lease it also notes who used it last.
     if lease.released:
         raise ValueError(
-            "operation on a released lease; keep a slice of it, lease.detach() or bytes(lease) beyond release()"
+            "operation on a released lease; keep a slice of it, lease.detach() or bytes(lease) instead"
         )
     if lease.observed:
         note(lease, where())
@@ -559,8 +566,8 @@ cdef int note(Lease lease, str place) except -1:
 cdef int check_exports(Lease lease) except -1:
     if lease.exports:
         raise BufferError(
-            f"{lease.exports} {'buffer still looks' if lease.exports == 1 else 'buffers still look'} at this lease; "
-            "release the memoryviews on it first"
+            f"{lease.exports} {'buffer still looks' if lease.exports == 1 else 'buffers still look'} "
+            "at this lease; release the memoryviews on it first"
         )
     return 0
 
