@@ -24,6 +24,7 @@ MODULES = (
     "_epoll",
     "_simulated",
     "_driver",
+    "_model",
     "_loop",
     "_stream",
     "_listener",

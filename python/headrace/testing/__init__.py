@@ -1,0 +1,87 @@
+"""Tools for testing protocols, transports and engines: public, as ``trio.testing`` is.
+
+A simulated world, where one seed decides everything and time costs nothing::
+
+    from headrace.testing import SimulatedLoop, simulated_run
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(MyProtocol, "server", 80)
+        transport, client = await loop.create_connection(MyClient, "server", 80)
+        ...
+
+    for seed in range(1000):
+        simulated_run(main(), seed)      # a failure says which seed replays it
+
+Names are imported when they are first used: importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace._simulated import (
+        NO_FAULTS,
+        ContractViolation,
+        Deadlock,
+        Faults,
+        SeededRandom,
+        SimulatedEngine,
+        SimulationFailure,
+    )
+    from headrace.testing.scenarios import OracleFailure, run_scenario
+    from headrace.testing.simulation import (
+        SeedReport,
+        SimulatedLoop,
+        VirtualSocket,
+        replay,
+        run_seeds,
+        simulated_loop,
+        simulated_run,
+    )
+
+__all__ = [
+    "NO_FAULTS",
+    "ContractViolation",
+    "Deadlock",
+    "Faults",
+    "OracleFailure",
+    "SeedReport",
+    "SeededRandom",
+    "SimulatedEngine",
+    "SimulatedLoop",
+    "SimulationFailure",
+    "VirtualSocket",
+    "replay",
+    "run_scenario",
+    "run_seeds",
+    "simulated_loop",
+    "simulated_run",
+]
+
+_HOME = {
+    "NO_FAULTS": "headrace._simulated",
+    "ContractViolation": "headrace._simulated",
+    "Deadlock": "headrace._simulated",
+    "Faults": "headrace._simulated",
+    "OracleFailure": "headrace.testing.scenarios",
+    "SeedReport": "headrace.testing.simulation",
+    "SeededRandom": "headrace._simulated",
+    "SimulatedEngine": "headrace._simulated",
+    "SimulatedLoop": "headrace.testing.simulation",
+    "SimulationFailure": "headrace._simulated",
+    "VirtualSocket": "headrace.testing.simulation",
+    "replay": "headrace.testing.simulation",
+    "run_scenario": "headrace.testing.scenarios",
+    "run_seeds": "headrace.testing.simulation",
+    "simulated_loop": "headrace.testing.simulation",
+    "simulated_run": "headrace.testing.simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,1575 @@
+"""The simulated engine: one seed decides everything that a kernel and a network may do to a connection.
+
+Theory of operation
+-------------------
+* Behind the engine contract lies a virtual kernel with io_uring's manners: submissions are executed at the next
+  "enter", completions go through a small completion queue with an overflow list, multishot operations end when they
+  like, a receive without a buffer ends with ENOBUFS, a pending socket error is told to one caller only.
+* Behind the kernel lies a virtual network. A connection is two `Pipe`s; bytes cross them in segments, FIN comes
+  after the last byte, RST whenever the seed says so.
+* Time is virtual: ``wait`` never sleeps but jumps to the next event or to its deadline, and each turn costs a little
+  time, so that a loop that spins still sees the world move. With nothing to wait for, ``wait`` raises `Deadlock`.
+* A seed first draws the *world* (buffer sizes, segment size, queue sizes, and how likely each fault is: "swarm
+  testing", Groce 2012), then each single decision. The same seed, script and version give the same run.
+* What no endpoint may do is a `ContractViolation`: an operation on a closed descriptor, two sends in flight on one
+  socket, a descriptor closed under its operations, memory that changes while it is being sent, a wrong reference
+  count on a block. It is raised at once where that's possible and again at each later step, since
+  transports rightly keep exceptions of callbacks away from the loop.
+
+Virtual descriptors start at 2**20: a real system call on one fails with EBADF.
+"""
+import collections
+import errno as errno_module
+import os
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove
+
+from headrace._engine cimport (
+    ACCEPT, ALL, CANCELLED, ENDING, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
+    Completion, Endpoint, Engine, Operation,
+)
+from headrace._pool cimport Block, BufferPool
+
+from headrace.errors import EngineError
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <poll.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    static int headrace_readable(int fd, int milliseconds) {
+        struct pollfd p = { fd, POLLIN, 0 };
+        return poll(&p, 1, milliseconds) == 1;
+    }
+    """
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    enum: EAGAIN, EBADF, ECANCELED, ECONNRESET, EMFILE, ENOBUFS, EPIPE
+    int headrace_readable(int fd, int milliseconds) nogil
+
+cdef enum:
+    NO_SLOT = 0xffffffff
+    FIRST_DESCRIPTOR = 1 << 20
+    RECEIVE_LIMIT = 64 * 1024     # one completion brings at most this much
+    REARM_PER_BLOCK = 4           # as in the io_uring engine
+    TRACE_LENGTH = 4000
+    EVENT_LIMIT = 1 << 20         # events on their way; a runaway simulation ends with an error
+
+cdef enum:
+    # Stages of an operation within the virtual kernel.
+    QUEUED = 0       # submitted, not yet seen by the kernel
+    ARMED = 1
+    DECIDED = 2      # a silent send that went out whole; nobody has been told yet
+    DONE = 3         # its terminal completion is in the completion queue or in the overflow list
+
+cdef enum:
+    # Events.
+    SEGMENT = 1      # bytes of a Pipe arrive
+    FINISH = 2       # its FIN arrives
+    ARRIVAL = 3      # a connection reaches a listener's backlog
+    RESET = 4        # RST reaches a Socket
+    FAULT = 5        # the network resets a connection
+    WORK = 6         # an operation may make progress
+    CANCEL = 7       # a cancel request reaches its operation
+
+cdef enum:
+    # Bugs that can be planted in this engine, to see that the oracles still catch them.
+    PLANT_PARKED_STAY = 1
+    PLANT_OVERFLOW_IGNORED = 2
+
+PLANTS = {"parked-receives-stay-parked": PLANT_PARKED_STAY, "overflow-ignored": PLANT_OVERFLOW_IGNORED}
+
+cdef dict KIND_NAMES = {RECEIVE: "receive", SEND: "send", ACCEPT: "accept", POLL: "poll"}
+
+
+class SimulationFailure(AssertionError):
+    """What a simulation found; the text ends with the seed that replays it."""
+
+    def __init__(self, text, seed):
+        super().__init__(f"{text} [seed {seed}]")
+        self.seed = seed
+
+
+class ContractViolation(SimulationFailure):
+    """Somebody broke a rule of the engine contract."""
+
+
+class Deadlock(SimulationFailure):
+    """Nothing can happen any more, and somebody waits without a limit."""
+
+
+class Faults:
+    """How hard the world is: probabilities from 0 to 1, and two times in seconds.
+
+    ==================  ==============================================================================
+    short_receive       a receive brings fewer bytes than are there
+    short_send          a send takes fewer bytes than there is room for
+    no_buffers          a receive ends with ENOBUFS although a block is posted
+    accept_limit        an accept ends with EMFILE
+    reset               a connection is reset by the network at some time
+    overflow            a completion goes to the overflow list although there is room
+    cancel_race         a cancelled operation succeeds first
+    early_end           a multishot operation ends, for no reason, with a success that lacks MORE
+    would_block         a silent send is told EAGAIN although there is room
+    latency             the most a segment takes to arrive
+    delay               the most a completion takes to come
+    ==================  ==============================================================================
+    """
+
+    NAMES = ("short_receive", "short_send", "no_buffers", "accept_limit", "reset", "overflow", "cancel_race",
+             "early_end", "would_block", "latency", "delay")
+
+    def __init__(self, **values):
+        for name in self.NAMES:
+            setattr(self, name, float(values.pop(name, 0.0)))
+        if values:
+            raise TypeError(f"there is no fault {', '.join(values)}")
+
+    def __repr__(self):
+        return "Faults(" + ", ".join(f"{name}={getattr(self, name):g}" for name in self.NAMES) + ")"
+
+    def replace(self, **values):
+        """A copy with some values changed."""
+        return Faults(**({name: getattr(self, name) for name in self.NAMES} | values))
+
+
+NO_FAULTS = Faults(latency=50e-6)
+
+
+@cython.final
+cdef class SeededRandom:
+    """Random numbers that are the same for a seed on every machine and in every version (splitmix64).
+
+    Parameters
+    ----------
+    seed : int
+        Any integer; taken modulo 2**64.
+    """
+
+    def __init__(self, seed):
+        self.state = <uint64_t>(int(seed) & 0xffffffffffffffff)
+
+    cdef uint64_t next(self) noexcept:
+        cdef uint64_t z
+        self.state += <uint64_t>0x9e3779b97f4a7c15
+        z = self.state
+        z = (z ^ (z >> 30)) * <uint64_t>0xbf58476d1ce4e5b9
+        z = (z ^ (z >> 27)) * <uint64_t>0x94d049bb133111eb
+        return z ^ (z >> 31)
+
+    cdef uint64_t below(self, uint64_t limit) noexcept:
+        # The bias is limit / 2**64: nothing that a simulation could see.
+        return self.next() % limit if limit else 0
+
+    cdef double fraction(self) noexcept:
+        return <double>(self.next() >> 11) * (1.0 / <double>(<uint64_t>1 << 53))
+
+    cdef bint chance(self, double probability) noexcept:
+        # Without a draw for what can't happen: a world without a fault costs nothing for it.
+        return probability > 0 and self.fraction() < probability
+
+    def integer(self, low, high):
+        """An integer, low <= n <= high."""
+        if high < low:
+            raise ValueError("high is below low")
+        return low + self.below(<uint64_t>(high - low + 1))
+
+    def uniform(self, double low, double high):
+        """A float, low <= x < high."""
+        return low + (high - low) * self.fraction()
+
+    def likely(self, double probability):
+        """True with this probability."""
+        return self.chance(probability)
+
+    def choice(self, sequence):
+        """One of its items."""
+        return sequence[<Py_ssize_t>self.below(<uint64_t>len(sequence))]
+
+
+@cython.final
+cdef class Pipe:
+    """One direction of a virtual connection: the sender's buffer, the wire, the receiver's buffer."""
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    def __repr__(self):
+        state = f", {self.broken}" if self.broken else ", finished" if self.finished else ""
+        return f"<Pipe written {self.written} arrived {self.arrived} taken {self.taken}{state}>"
+
+
+@cython.final
+cdef class Socket:
+    """What a virtual descriptor refers to.
+
+    ``told`` is the last connection error (a positive errno) that was told to its owner, or 0; ``operations`` are the kinds of
+    those in flight.
+    """
+
+    def __init__(self):
+        self.fd = -1
+        self.receive = self.send = self.poll = NO_SLOT
+
+    @property
+    def incoming(self):
+        """The Pipe whose bytes are received here, or None for a listener."""
+        return self.incoming
+
+    @property
+    def outgoing(self):
+        """The Pipe into which is sent here, or None for a listener."""
+        return self.outgoing
+
+    @property
+    def operations(self):
+        """The kinds of the operations that are on it now."""
+        named = (("receive", self.receive), ("send", self.send), ("poll", self.poll))
+        return [name for name, slot in named if slot != NO_SLOT]
+
+    def __repr__(self):
+        if self.listening:
+            return f"<Socket {self.fd} listening at {self.address!r}, {len(self.backlog)} waiting>"
+        return f"<Socket {self.fd} in {self.incoming!r} out {self.outgoing!r} {self.operations}>"
+
+
+cdef void *grow(void *array, int *capacity, size_t size) except NULL:
+    cdef int wanted = capacity[0] * 2 if capacity[0] else 64
+    cdef void *grown = realloc(array, wanted * size)
+    if grown == NULL:
+        raise MemoryError
+    capacity[0] = wanted
+    return grown
+
+
+cdef bint remove(Operation **array, int *length, Operation *operation) noexcept:
+    cdef int i
+    for i in range(length[0]):
+        if array[i] == operation:
+            length[0] -= 1
+            memmove(array + i, array + i + 1, (length[0] - i) * sizeof(Operation *))
+            return True
+    return False
+
+
+cdef uint64_t checksum_bytes(uint64_t h, const char *data, size_t length) noexcept:
+    cdef uint64_t word
+    cdef size_t i = 0
+    while i + 8 <= length:
+        memcpy(&word, data + i, 8)
+        h = (h ^ word) * <uint64_t>0x9e3779b97f4a7c15
+        h ^= h >> 29
+        i += 8
+    while i < length:
+        h = (h ^ <uint8_t>data[i]) * <uint64_t>0x100000001b3
+        i += 1
+    return h
+
+
+cdef uint64_t checksum(Operation *operation) noexcept:
+    """Of the memory that a send refers to, and of the vectors themselves."""
+    cdef msghdr *message = <msghdr *>operation.message
+    cdef uint64_t h = <uint64_t>0xcbf29ce484222325 + operation.length
+    cdef size_t i
+    if message == NULL:
+        return checksum_bytes(h ^ <uint64_t><size_t>operation.buffer, operation.buffer, operation.length)
+    for i in range(message.msg_iovlen):
+        h = checksum_bytes(h ^ <uint64_t><size_t>message.msg_iov[i].iov_base,
+                           <const char *>message.msg_iov[i].iov_base, message.msg_iov[i].iov_len)
+    return h
+
+
+cdef size_t total(Operation *operation) noexcept:
+    cdef msghdr *message = <msghdr *>operation.message
+    cdef size_t i, n = 0
+    if message == NULL:
+        return operation.length
+    for i in range(message.msg_iovlen):
+        n += message.msg_iov[i].iov_len
+    return n
+
+
+@cython.final
+cdef class SimulatedEngine(Engine):
+    """An engine on a virtual kernel, a virtual network and a virtual clock.
+
+    Parameters
+    ----------
+    seed : int
+        Decides everything. 0 <= seed < 2**64.
+    pool : BufferPool, optional
+        By default a small one, whose geometry the seed draws; it poisons blocks that came back.
+    faults : Faults, optional
+        By default drawn from the seed. Each fault can also be given by its name: ``reset=0``.
+    send_limit, receive_limit, segment : int, optional
+        Bytes that a virtual kernel buffers for a sender, for a receiver, and that cross at once; else drawn.
+    descriptors : int
+        The most virtual descriptors at a time; beyond it accept ends with EMFILE and others raise OSError.
+    patience : float
+        Real seconds to wait for a real descriptor or for ``wake`` before a standstill counts as `Deadlock`. 0 keeps
+        a run repeatable; more is for loops that use threads.
+    trace : bool
+        Keep the last 4,000 events as text, in ``trace``.
+    plant : str, optional
+        A bug of this engine to plant, one of ``PLANTS``: for tests of the oracles.
+
+    Not thread-safe, but for ``wake``.
+    """
+
+    def __init__(self, seed, BufferPool pool=None, *, faults=None, send_limit=None, receive_limit=None, segment=None,
+                 int descriptors=1024, double patience=0.0, bint trace=False, str plant=None, **probabilities):
+        self.name = "simulated"
+        self.seed = seed
+        self.random = SeededRandom(seed)
+        self.clock = 1000.0
+        self.injected = dict.fromkeys(Faults.NAMES, 0)
+        self.trace = collections.deque(maxlen=TRACE_LENGTH) if trace else None
+        self.free_slot = NO_SLOT
+        self.sockets = {}
+        self.listeners = {}
+        self.next_fd = FIRST_DESCRIPTOR
+        self.next_port = 49152
+        self.descriptor_limit = descriptors
+        self.patience = patience
+        self.planted = PLANTS[plant] if plant is not None else 0
+        self.digest = 0
+        calm = faults is not None
+        self.set_faults((faults if calm else self.draw_faults()).replace(**probabilities))
+        self.draw_world(calm, send_limit, receive_limit, segment)
+        self.pool = pool if pool is not None else self.draw_pool(calm)
+
+    def draw_faults(self):
+        """Swarm testing: each seed leaves some faults out altogether, and is hard on others."""
+        cdef SeededRandom random = self.random
+        values = {}
+        for name in Faults.NAMES:
+            values[name] = 0.0 if random.chance(0.4) else random.choice((0.02, 0.1, 0.3))
+        # These three have scales of their own.
+        values["reset"] = 0.0 if random.chance(0.6) else random.choice((0.1, 0.4))
+        values["latency"] = random.choice((0.0, 20e-6, 200e-6, 5e-3))
+        values["delay"] = random.choice((0.0, 0.0, 20e-6, 1e-3))
+        return Faults(**values)
+
+    def set_faults(self, faults):
+        """Takes new probabilities from now on, for instance a calm world for the end of a scenario."""
+        self.faults = faults
+        self.p_short_receive = faults.short_receive
+        self.p_short_send = faults.short_send
+        self.p_no_buffers = faults.no_buffers
+        self.p_accept_limit = faults.accept_limit
+        self.p_reset = faults.reset
+        self.p_overflow = faults.overflow
+        self.p_cancel_race = faults.cancel_race
+        self.p_early_end = faults.early_end
+        self.p_would_block = faults.would_block
+        self.max_latency = faults.latency
+        self.max_delay = faults.delay
+
+    def draw_world(self, bint calm, send_limit, receive_limit, segment):
+        cdef SeededRandom random = self.random
+        self.turn_cost = 1e-6 if calm else random.choice((1e-6, 5e-6, 20e-6))
+        self.submission_limit = 256 if calm else random.choice((1, 4, 64))
+        self.visible_limit = 4096 if calm else random.choice((1, 2, 8, 64))
+        self.incremental = calm or random.chance(0.7)
+        self.reuse_descriptors = calm or random.chance(0.5)
+        cdef tuple sizes = (256, 2048, 16384, 65536), segments = (7, 100, 1448, 16384, 65536)
+        if calm:
+            sizes = segments = (65536,)
+        self.default_send_limit = send_limit or random.choice(sizes)
+        self.default_receive_limit = receive_limit or random.choice(sizes)
+        self.default_segment = segment or random.choice(segments)
+
+    def draw_pool(self, bint calm):
+        cdef SeededRandom random = self.random
+        if calm:
+            pool = BufferPool(block_size=65536, target=4, maximum=32)
+        else:
+            target = random.integer(2, 6)
+            pool = BufferPool(
+                block_size=random.choice((4096, 8192, 32768)), target=target, maximum=target + random.integer(1, 12),
+            )
+        (<BufferPool>pool).poison = True
+        return pool
+
+    def __dealloc__(self):
+        # What a closed engine held was given back by close(). One that was never closed leaks its operations' owners,
+        # as a ring would: nobody may free what a kernel could still write to.
+        cdef int i
+        for i in range(self.event_count):
+            Py_XDECREF(self.events[i].target)
+        free(self.events)
+        free(self.slots)
+        free(self.submissions)
+        free(self.silent)
+        free(self.raw)
+        free(self.parked)
+        free(self.suspended)
+        free(self.posted)
+
+    # ---- life -----------------------------------------------------------------------------------------------
+
+    cpdef start(self):
+        cdef int i, n
+        self.check_usable()
+        if self.running:
+            raise EngineError("the simulated engine is running already")
+        self.running = True
+        self.replenish()
+        n = self.suspended_length
+        self.suspended_length = 0
+        for i in range(n):
+            self.begin(self.suspended[i])
+
+    cpdef stop(self):
+        """Ends or suspends everything in flight; received bytes stay queued, the network stands still."""
+        cdef uint32_t slot
+        cdef int i
+        if not self.running:
+            return
+        self.stopping = True
+        try:
+            for i in range(self.parked_length):
+                self.suspend(self.parked[i])
+            self.parked_length = 0
+            self.execute()
+            self.reap_all()
+            for slot in range(self.slot_capacity):
+                if self.slots[slot].operation != NULL and self.slots[slot].stage == ARMED:
+                    self.cancelled(slot, True)
+            self.reap_all()
+        finally:
+            self.stopping = False
+            self.running = False
+
+    cpdef close(self):
+        """Drops every operation. Virtual descriptors that are still open stay in ``descriptors()``."""
+        cdef int i
+        cdef Block *block
+        cdef Operation *operation
+        if self.closed:
+            return
+        if self.running:
+            raise EngineError("a running engine can't be closed; stop it first")
+        self.closed = True
+        for i in range(self.suspended_length):
+            operation = self.suspended[i]
+            operation.state = IDLE
+            Py_DECREF(<object>operation.owner)
+        self.suspended_length = 0
+        self.drop_queue()
+        for i in range(self.posted_count):
+            block = self.posted[i]
+            block.posted = False
+            self.pool.posted -= 1
+            self.pool.drop(block)
+        self.posted_count = 0
+        for i in range(self.event_count):
+            Py_DECREF(<object>self.events[i].target)
+        self.event_count = 0
+
+    cpdef forked(self):
+        """In a child: unusable from now on."""
+        self.closed = True
+        self.running = False
+
+    cpdef wake(self):
+        """Makes ``wait`` return; from any thread."""
+        self.woken = True
+
+    cdef double now(self) noexcept:
+        return self.clock
+
+    def time(self):
+        """Virtual seconds."""
+        return self.clock
+
+    # ---- virtual descriptors --------------------------------------------------------------------------------
+
+    def socketpair(self):
+        """Two connected virtual descriptors."""
+        near, far = self.make_pair(("virtual", 0), ("virtual", 1))
+        self.install(near)
+        self.install(far)
+        return near.fd, far.fd
+
+    def listen(self, address, *, int backlog=100):
+        """A virtual descriptor that accepts at `address` (anything hashable). OSError EADDRINUSE if it's taken."""
+        cdef Socket socket
+        if address in self.listeners:
+            raise OSError(errno_module.EADDRINUSE, os.strerror(errno_module.EADDRINUSE))
+        socket = Socket()
+        socket.listening = True
+        socket.address = address
+        socket.backlog = collections.deque()
+        socket.backlog_limit = max(1, backlog)
+        self.install(socket)
+        self.listeners[address] = socket
+        return socket.fd
+
+    def connect(self, address):
+        """A virtual descriptor that is connected to the listener at `address`, at once; the listener hears of it later.
+
+        ConnectionRefusedError if nobody listens, TimeoutError if its backlog is full, OSError EMFILE beyond the limit
+        of descriptors.
+        """
+        cdef Socket listener = self.listeners.get(address)
+        cdef Socket near, far
+        if listener is None:
+            raise ConnectionRefusedError(errno_module.ECONNREFUSED, os.strerror(errno_module.ECONNREFUSED))
+        if len(listener.backlog) >= listener.backlog_limit:
+            raise TimeoutError(errno_module.ETIMEDOUT, os.strerror(errno_module.ETIMEDOUT))
+        self.next_port += 1
+        near, far = self.make_pair(("client", self.next_port), address)
+        self.install(near)
+        listener.backlog.append((far, False))
+        self.schedule(self.latency(), ARRIVAL, 0, 0, listener)
+        return near.fd
+
+    def socket(self, int fd):
+        """The Socket behind a virtual descriptor, or None. It stays readable after the descriptor is closed."""
+        return self.sockets.get(fd)
+
+    def descriptors(self):
+        """The virtual descriptors that are open, a sorted list."""
+        return sorted(self.sockets)
+
+    def operations(self):
+        """What is in flight, parked or suspended, as a list of text."""
+        cdef uint32_t slot
+        cdef int i
+        lines = []
+        for slot in range(self.slot_capacity):
+            if self.slots[slot].operation != NULL:
+                stage = ("queued", "armed", "decided", "done")[self.slots[slot].stage]
+                lines.append(f"{describe(self.slots[slot].operation)} ({stage})")
+        for i in range(self.parked_length):
+            lines.append(f"{describe(self.parked[i])} (parked)")
+        for i in range(self.suspended_length):
+            lines.append(f"{describe(self.suspended[i])} (suspended)")
+        return lines
+
+    def reset(self, int fd):
+        """The network resets the connection of `fd`, both ends, now."""
+        self.break_connection(self.open_socket(fd), "reset by the script")
+
+    def write(self, int fd, data):
+        """Sends without an operation, as much as fits: how many bytes. BlockingIOError when nothing fits."""
+        cdef Socket socket = self.open_socket(fd)
+        cdef const unsigned char[::1] view = data
+        cdef int32_t error = self.send_error(socket)
+        if error:
+            socket.told = error
+            raise OSError(error, os.strerror(error))
+        if view.shape[0] == 0:
+            return 0
+        n = self.accept_bytes(socket, <const char *>&view[0], <uint32_t>min(view.shape[0], 1 << 30))
+        if n == 0:
+            raise BlockingIOError(EAGAIN, os.strerror(EAGAIN))
+        return n
+
+    def read(self, int fd, size_t limit=65536):
+        """Receives without an operation: bytes, empty at the end. BlockingIOError when nothing is there."""
+        cdef Socket socket = self.open_socket(fd)
+        cdef Pipe pipe = socket.incoming
+        cdef size_t i, n = min(limit, <size_t>(pipe.arrived - pipe.taken))
+        cdef bytearray data
+        if n == 0:
+            error = self.take_error(socket)
+            if error:
+                socket.told = error
+                raise OSError(error, os.strerror(error))
+            if pipe.finished or socket.reset_seen:
+                return b""
+            raise BlockingIOError(EAGAIN, os.strerror(EAGAIN))
+        data = bytearray(n)
+        for i in range(n):
+            data[i] = <uint8_t>pipe.memory[(pipe.taken + i) & pipe.mask]
+        pipe.taken += n
+        self.move(pipe)
+        return bytes(data)
+
+    def close_virtual(self, int fd):
+        """Closes a virtual descriptor, as ``close(2)``; ContractViolation if operations are on it."""
+        error = self.close_descriptor(fd)
+        self.raise_violation()
+        if error:
+            raise OSError(-error, os.strerror(-error))
+
+    def shutdown_virtual(self, int fd):
+        """``shutdown(fd, SHUT_WR)``."""
+        error = self.shutdown_write(fd)
+        if error:
+            raise OSError(-error, os.strerror(-error))
+
+    def advance(self, double seconds):
+        """Lets virtual time pass without a loop; what completes meanwhile is queued."""
+        self.execute()
+        self.run_events(self.clock + seconds)
+        self.clock = max(self.clock, self.clock + seconds)
+        self.reap_all()
+
+    def open_socket(self, int fd):
+        socket = self.sockets.get(fd)
+        if socket is None:
+            raise OSError(EBADF, os.strerror(EBADF))
+        return socket
+
+    cdef Socket socket_of(self, int fd):
+        return self.sockets.get(fd)
+
+    cdef Socket install(self, Socket socket):
+        """Gives it a descriptor: the lowest free one as a kernel does, or, by seed, one that was never used."""
+        cdef int fd = FIRST_DESCRIPTOR
+        if len(self.sockets) >= self.descriptor_limit:
+            raise OSError(EMFILE, os.strerror(EMFILE))
+        if self.reuse_descriptors:
+            while fd in self.sockets:
+                fd += 1
+        else:
+            fd = self.next_fd
+            self.next_fd += 1
+        socket.fd = fd
+        self.sockets[fd] = socket
+        return socket
+
+    cdef tuple make_pair(self, object near, object far):
+        cdef Socket one = Socket(), other = Socket()
+        one.outgoing = other.incoming = self.make_pipe()
+        one.incoming = other.outgoing = self.make_pipe()
+        one.outgoing.writer = other.outgoing.reader = one
+        one.outgoing.reader = other.outgoing.writer = other
+        one.address = other.peer_address = near
+        one.peer_address = other.address = far
+        if self.random.chance(self.p_reset):
+            self.schedule(self.random.fraction() * self.random.choice((1e-3, 20e-3, 0.5)), FAULT, 0, 0, one)
+        return one, other
+
+    cdef Pipe make_pipe(self):
+        cdef Pipe pipe = Pipe.__new__(Pipe)
+        cdef uint32_t size = 256
+        pipe.send_limit = self.default_send_limit
+        pipe.receive_limit = self.default_receive_limit
+        pipe.segment = self.default_segment
+        while size < pipe.send_limit + pipe.receive_limit:
+            size *= 2
+        pipe.mask = size - 1
+        pipe.memory = <char *>malloc(size)
+        if pipe.memory == NULL:
+            raise MemoryError
+        return pipe
+
+    cdef int close_descriptor(self, int fd) noexcept:
+        cdef Socket socket = self.sockets.get(fd)
+        if socket is None:
+            self.remember(f"descriptor {fd} was closed, but isn't open")
+            return -EBADF
+        if socket.operations:
+            self.remember(f"descriptor {fd} was closed under its {' and '.join(socket.operations)}")
+        try:
+            self.close_socket(socket)
+        except BaseException as error:
+            self.remember(f"closing descriptor {fd} failed: {error!r}")
+        return 0
+
+    cdef int shutdown_write(self, int fd) noexcept:
+        cdef Socket socket = self.sockets.get(fd)
+        if socket is None:
+            self.remember(f"descriptor {fd} was shut down, but isn't open")
+            return -EBADF
+        if socket.outgoing is None or socket.outgoing.broken is not None:
+            return -errno_module.ENOTCONN
+        if socket.send != NO_SLOT:
+            self.remember(f"descriptor {fd} was shut down for writing under its send")
+        try:
+            self.shut(socket)
+        except BaseException as error:
+            self.remember(f"shutting down descriptor {fd} failed: {error!r}")
+        return 0
+
+    cdef int unsent(self, int fd) noexcept:
+        cdef Socket socket = self.sockets.get(fd)
+        if socket is None or socket.outgoing is None:
+            return -EBADF
+        if socket.outgoing.broken is not None:
+            return 0
+        return <int>(socket.outgoing.written - socket.outgoing.arrived)
+
+    cdef int close_socket(self, Socket socket) except -1:
+        cdef Pipe incoming = socket.incoming
+        cdef Socket waiting
+        del self.sockets[socket.fd]
+        self.note(f"close {socket.fd}")
+        socket.fd = -1
+        socket.closed = True
+        if socket.listening:
+            del self.listeners[socket.address]
+            for waiting, _ in socket.backlog:
+                self.break_connection(waiting, "its listener was closed")
+            socket.backlog.clear()
+        elif incoming.broken is None:
+            if incoming.arrived > incoming.taken:
+                # RFC 2525, 2.17: closing with unread data resets, and what was still to be sent is lost.
+                self.break_connection(socket, "closed with unread data")
+            else:
+                self.shut(socket)
+        return 0
+
+    cdef int shut(self, Socket socket) except -1:
+        if not socket.outgoing.shut:
+            socket.outgoing.shut = True
+            self.move(socket.outgoing)
+        return 0
+
+    # ---- the network ----------------------------------------------------------------------------------------
+
+    cdef double latency(self) noexcept:
+        return self.random.fraction() * self.max_latency
+
+    cdef double delay(self) noexcept:
+        return self.random.fraction() * self.max_delay if self.max_delay > 0 and self.random.chance(0.5) else 0.0
+
+    cdef uint32_t accept_bytes(self, Socket socket, const char *data, uint32_t length) except? 0:
+        """Into the sender's buffer, as much as fits."""
+        cdef Pipe pipe = socket.outgoing
+        cdef uint32_t room = pipe.send_limit - <uint32_t>(pipe.written - pipe.arrived)
+        cdef uint32_t n = min(length, room), start = <uint32_t>pipe.written & pipe.mask, first
+        first = min(n, pipe.mask + 1 - start)
+        memcpy(pipe.memory + start, data, first)
+        memcpy(pipe.memory, data + first, n - first)
+        pipe.written += n
+        if n:
+            self.move(pipe)
+        return n
+
+    cdef int move(self, Pipe pipe) except -1:
+        """Sets the next segment, or the FIN, on its way."""
+        if pipe.moving or pipe.broken is not None:
+            return 0
+        if pipe.written > pipe.arrived:
+            if pipe.arrived - pipe.taken < pipe.receive_limit or pipe.reader.closed:
+                pipe.moving = True
+                self.schedule(self.latency(), SEGMENT, 0, 0, pipe)
+        elif pipe.shut and not pipe.finished:
+            pipe.moving = True
+            self.schedule(self.latency(), FINISH, 0, 0, pipe)
+        return 0
+
+    cdef int segment_arrives(self, Pipe pipe) except -1:
+        cdef uint64_t n, limit
+        pipe.moving = False
+        if pipe.broken is not None:
+            return 0
+        if pipe.reader.closed:
+            return self.break_connection(pipe.reader, "data came after the close")
+        n = pipe.written - pipe.arrived
+        # Long transfers in tiny segments would only cost time: a few hundred are as good as thousands.
+        limit = max(<uint64_t>pipe.segment, n // 16)
+        n = min(n, pipe.receive_limit - (pipe.arrived - pipe.taken))
+        n = min(n, 1 + self.random.below(limit) if self.random.chance(0.3) else limit)
+        pipe.arrived += n
+        self.mix(n)
+        self.poke(pipe.reader)
+        self.poke(pipe.writer)
+        return self.move(pipe)
+
+    cdef int fin_arrives(self, Pipe pipe) except -1:
+        pipe.moving = False
+        if pipe.broken is None:
+            if pipe.written > pipe.arrived:
+                return self.move(pipe)
+            pipe.finished = True
+            self.poke(pipe.reader)
+        return 0
+
+    cdef int break_connection(self, Socket socket, str reason) except -1:
+        """RST: nothing more crosses; both ends hear of it, each in its own time."""
+        cdef Pipe pipe
+        cdef Socket end
+        if socket.incoming.broken is not None:
+            return 0
+        self.note(f"broken {socket.fd}: {reason}")
+        for pipe in (socket.incoming, socket.outgoing):
+            pipe.broken = reason
+            end = pipe.reader
+            if not end.closed:
+                self.schedule(self.latency(), RESET, 0, 0, end)
+        return 0
+
+    cdef int reset_arrives(self, Socket socket) except -1:
+        cdef Pipe pipe = socket.incoming
+        if socket.closed:
+            return 0
+        # As Linux's tcp_reset(): EPIPE once FIN had come, else ECONNRESET.
+        socket.error = EPIPE if pipe.finished else ECONNRESET
+        socket.reset_seen = True
+        if self.random.chance(0.5):
+            pipe.taken = pipe.arrived    # some stacks drop what wasn't received yet
+        return self.poke(socket)
+
+    cdef int connection_arrives(self, Socket listener) except -1:
+        cdef int i
+        if listener.closed:
+            return 0
+        for i in range(len(listener.backlog)):
+            socket, arrived = listener.backlog[i]
+            if not arrived:
+                listener.backlog[i] = (socket, True)
+                break
+        return self.poke(listener)
+
+    # ---- events ---------------------------------------------------------------------------------------------
+
+    cdef int schedule(self, double delay, uint32_t kind, uint32_t slot, uint32_t generation, object target) except -1:
+        cdef Event event
+        cdef int i, parent
+        if self.event_count == self.event_capacity:
+            if self.event_count >= EVENT_LIMIT:
+                raise SimulationFailure(f"{EVENT_LIMIT} events are on their way", self.seed)
+            self.events = <Event *>grow(self.events, &self.event_capacity, sizeof(Event))
+        event.at = self.clock + delay
+        event.tie = self.random.next()
+        event.kind = kind
+        event.slot = slot
+        event.generation = generation
+        event.target = <PyObject *>target
+        Py_INCREF(target)
+        i = self.event_count
+        self.event_count += 1
+        while i:
+            parent = (i - 1) // 2
+            if not earlier(&event, &self.events[parent]):
+                break
+            self.events[i] = self.events[parent]
+            i = parent
+        self.events[i] = event
+        return 0
+
+    cdef Event pop_event(self) noexcept:
+        cdef Event first = self.events[0], last
+        cdef int i = 0, child
+        self.event_count -= 1
+        last = self.events[self.event_count]
+        while True:
+            child = 2 * i + 1
+            if child >= self.event_count:
+                break
+            if child + 1 < self.event_count and earlier(&self.events[child + 1], &self.events[child]):
+                child += 1
+            if not earlier(&self.events[child], &last):
+                break
+            self.events[i] = self.events[child]
+            i = child
+        if self.event_count:
+            self.events[i] = last
+        return first
+
+    cdef int run_events(self, double until) except -1:
+        """Everything up to this moment; what it brings about in the same span as well."""
+        cdef Event event
+        while self.event_count and self.events[0].at <= until:
+            event = self.pop_event()
+            if event.at > self.clock:
+                self.clock = event.at
+            self.steps += 1
+            try:
+                self.happen(&event)
+            finally:
+                Py_DECREF(<object>event.target)
+        return 0
+
+    cdef int happen(self, Event *event) except -1:
+        self.mix(event.kind)
+        if event.kind == SEGMENT:
+            return self.segment_arrives(<Pipe>event.target)
+        if event.kind == FINISH:
+            return self.fin_arrives(<Pipe>event.target)
+        if event.kind == ARRIVAL:
+            return self.connection_arrives(<Socket>event.target)
+        if event.kind == RESET:
+            return self.reset_arrives(<Socket>event.target)
+        if event.kind == FAULT:
+            if (<Socket>event.target).incoming.broken is None:
+                self.inject("reset")
+            return self.break_connection(<Socket>event.target, "reset by the network")
+        if self.slots[event.slot].generation != event.generation or self.slots[event.slot].operation == NULL:
+            return 0
+        if event.kind == WORK:
+            self.slots[event.slot].scheduled = False
+            return self.work(event.slot, False) if self.slots[event.slot].stage == ARMED else 0
+        return self.cancelled(event.slot, False)
+
+    # ---- operations -----------------------------------------------------------------------------------------
+
+    cdef int submit(self, Operation *operation) except -1:
+        cdef Socket socket = self.sockets.get(operation.fd)
+        self.check_usable()
+        self.raise_violation()
+        if operation.state != IDLE:
+            self.violated(f"{describe(operation)} was submitted while the engine has it")
+        if operation.fd >= FIRST_DESCRIPTOR:
+            if socket is None:
+                self.violated(f"{describe(operation)} was submitted on a closed descriptor")
+            self.check_free(socket, operation.kind)
+        elif operation.kind != POLL:
+            self.violated(f"{describe(operation)}: only a poll may be on a real descriptor")
+        operation.flags &= ~CANCELLED
+        Py_INCREF(<object>operation.owner)
+        self.submitted += 1
+        if not self.running:
+            return self.suspend(operation)
+        return self.begin(operation)
+
+    def check_free(self, Socket socket, int kind):
+        cdef uint32_t taken = socket.send if kind == SEND else socket.poll if kind == POLL else socket.receive
+        if taken != NO_SLOT:
+            self.violated(f"two {KIND_NAMES.get(kind, kind)} operations at a time on descriptor {socket.fd}")
+        if socket.listening != (kind == ACCEPT) and kind != POLL:
+            self.violated(f"a {KIND_NAMES.get(kind, kind)} on the wrong kind of descriptor, {socket.fd}")
+
+    cdef int begin(self, Operation *operation) except -1:
+        """Queues an operation that the engine already owns for the kernel."""
+        if self.submission_count >= self.submission_limit:
+            self.execute()
+        if self.submission_count == self.submission_capacity:
+            self.submissions = <uint32_t *>grow(self.submissions, &self.submission_capacity, sizeof(uint32_t))
+        self.take_slot(operation, self.sockets.get(operation.fd))
+        operation.state = IN_FLIGHT
+        self.submissions[self.submission_count] = operation.slot
+        self.submission_count += 1
+        return 0
+
+    cdef int take_slot(self, Operation *operation, object target) except -1:
+        cdef Socket socket = target
+        cdef Slot *entry
+        cdef uint32_t i, old = self.slot_capacity
+        cdef int capacity = <int>old
+        if self.free_slot == NO_SLOT:
+            self.slots = <Slot *>grow(self.slots, &capacity, sizeof(Slot))
+            self.slot_capacity = capacity
+            for i in range(old, self.slot_capacity):
+                self.slots[i].operation = NULL
+                self.slots[i].generation = 0
+                self.slots[i].next = i + 1 if i + 1 < self.slot_capacity else NO_SLOT
+            self.free_slot = old
+        operation.slot = self.free_slot
+        entry = &self.slots[operation.slot]
+        self.free_slot = entry.next
+        entry.operation = operation
+        entry.progress = 0
+        entry.stage = QUEUED
+        entry.scheduled = False
+        entry.checksum = checksum(operation) if operation.kind == SEND else 0
+        entry.socket = NULL
+        if socket is None:
+            self.real_polls += 1
+        else:
+            entry.socket = <PyObject *>socket
+            Py_INCREF(socket)
+            if operation.kind == SEND:
+                socket.send = operation.slot
+            elif operation.kind == POLL:
+                socket.poll = operation.slot
+            else:
+                socket.receive = operation.slot
+        self.in_flight += 1
+        return 0
+
+    cdef int release_slot(self, uint32_t slot) except -1:
+        """The engine is done with the operation; from now on its endpoint may do with memory and socket as it likes."""
+        cdef Slot *entry = &self.slots[slot]
+        cdef PyObject *target = entry.socket
+        cdef Socket socket
+        cdef uint64_t now
+        if entry.operation.kind == SEND:
+            now = checksum(entry.operation)
+            if now != entry.checksum:
+                self.remember(f"memory of {describe(entry.operation)} was changed while it was being sent")
+        entry.operation = NULL
+        entry.generation += 1
+        entry.next = self.free_slot
+        self.free_slot = slot
+        self.in_flight -= 1
+        if target == NULL:
+            self.real_polls -= 1
+        else:
+            socket = <Socket>target
+            entry.socket = NULL
+            if socket.send == slot:
+                socket.send = NO_SLOT
+            elif socket.poll == slot:
+                socket.poll = NO_SLOT
+            else:
+                socket.receive = NO_SLOT
+            Py_DECREF(socket)
+        return 0
+
+    cdef int execute(self) except -1:
+        """The kernel sees what was submitted, in order."""
+        cdef int i = 0
+        self.calls += 1
+        while i < self.submission_count:
+            self.arm(self.submissions[i])
+            i += 1
+        self.submission_count = 0
+        return 0
+
+    cdef int arm(self, uint32_t slot) except -1:
+        cdef Slot *entry = &self.slots[slot]
+        cdef Operation *operation = entry.operation
+        entry.stage = ARMED
+        if operation.kind == SEND and operation.flags & SILENT:
+            return self.send_silently(slot)
+        if entry.socket != NULL:
+            return self.poke(<Socket>entry.socket)
+        return 0
+
+    cdef int poke(self, Socket socket) except -1:
+        """Something about the socket has changed: its operations may go on."""
+        if socket.closed:
+            return 0
+        if socket.receive != NO_SLOT:
+            self.poke_slot(socket.receive, self.can_receive(socket))
+        if socket.poll != NO_SLOT:
+            self.poke_slot(socket.poll, self.can_receive(socket))
+        if socket.send != NO_SLOT:
+            self.poke_slot(socket.send, self.can_send(socket))
+        return 0
+
+    cdef int poke_slot(self, uint32_t slot, bint ready) except -1:
+        cdef Slot *entry = &self.slots[slot]
+        if ready and entry.stage == ARMED and not entry.scheduled:
+            entry.scheduled = True
+            self.schedule(self.delay(), WORK, slot, entry.generation, None)
+        return 0
+
+    cdef bint can_receive(self, Socket socket) noexcept:
+        if socket.listening:
+            return len(socket.backlog) > 0 and socket.backlog[0][1]
+        return (socket.incoming.arrived > socket.incoming.taken or socket.error != 0 or socket.incoming.finished
+                or socket.reset_seen)
+
+    cdef bint can_send(self, Socket socket) noexcept:
+        cdef Pipe pipe = socket.outgoing
+        return pipe.shut or socket.reset_seen or pipe.written - pipe.arrived < pipe.send_limit
+
+    cdef int32_t take_error(self, Socket socket) noexcept:
+        """A pending error is told once. What comes after it is EOF, or EPIPE."""
+        cdef int error = socket.error
+        socket.error = 0
+        return error
+
+    cdef int32_t send_error(self, Socket socket) noexcept:
+        cdef int32_t error = self.take_error(socket)
+        if error == 0 and (socket.outgoing.shut or socket.reset_seen):
+            error = EPIPE
+        return error
+
+    cdef int work(self, uint32_t slot, bint last) except -1:
+        """An operation makes what progress it can; with `last` a multishot operation ends with it."""
+        cdef Slot *entry = &self.slots[slot]
+        cdef Operation *operation = entry.operation
+        cdef Socket socket = <Socket>entry.socket
+        if operation.kind == RECEIVE:
+            self.work_receive(slot, socket, last)
+        elif operation.kind == SEND:
+            self.work_send(slot, socket)
+        elif operation.kind == ACCEPT:
+            self.work_accept(slot, socket, last)
+        elif self.can_receive(socket):
+            self.post(slot, 1, 0, NULL, NULL)
+        return self.poke(socket)
+
+    cdef int work_receive(self, uint32_t slot, Socket socket, bint last) except -1:
+        cdef Pipe pipe = socket.incoming
+        cdef Block *block
+        cdef uint32_t n, start, first
+        cdef char *data
+        cdef int32_t error
+        cdef uint64_t there = pipe.arrived - pipe.taken
+        if there == 0:
+            error = self.take_error(socket)
+            if error:
+                return self.post(slot, -error, 0, NULL, NULL)
+            if pipe.finished or socket.reset_seen:
+                return self.post(slot, 0, 0, NULL, NULL)
+            return 0
+        if self.posted_count == 0 or self.random.chance(self.p_no_buffers):
+            if self.posted_count:
+                self.inject("no_buffers")
+            return self.post(slot, -ENOBUFS, 0, NULL, NULL)
+        block = self.posted[0]
+        n = <uint32_t>min(there, <uint64_t>min(block.size - block.offset, <uint32_t>RECEIVE_LIMIT))
+        if n > 1 and self.random.chance(self.p_short_receive):
+            self.inject("short_receive")
+            n = 1 + <uint32_t>self.random.below(n - 1)
+        data = block.memory + block.offset
+        start = <uint32_t>pipe.taken & pipe.mask
+        first = min(n, pipe.mask + 1 - start)
+        memcpy(data, pipe.memory + start, first)
+        memcpy(data + first, pipe.memory, n - first)
+        pipe.taken += n
+        block.offset += n
+        block.references += 1
+        if block.offset == block.size or not self.incremental:
+            self.finish_block()
+        self.move(pipe)
+        if not last and self.random.chance(self.p_early_end):
+            self.inject("early_end")
+            last = True
+        return self.post(slot, <int32_t>n, 0 if last else MORE, block, data)
+
+    def finish_block(self):
+        """The kernel is done with the first posted block; a replacement goes out at once."""
+        cdef Block *block = self.posted[0]
+        self.posted_count -= 1
+        memmove(self.posted, self.posted + 1, self.posted_count * sizeof(Block *))
+        block.posted = False
+        self.pool.posted -= 1
+        self.replenish()
+        self.pool.drop(block)
+
+    cdef int work_accept(self, uint32_t slot, Socket socket, bint last) except -1:
+        cdef Socket accepted
+        if not self.can_receive(socket):
+            return 0
+        if len(self.sockets) >= self.descriptor_limit or self.random.chance(self.p_accept_limit):
+            self.inject("accept_limit")
+            return self.post(slot, -EMFILE, 0, NULL, NULL)
+        accepted, _ = socket.backlog.popleft()
+        self.install(accepted)
+        if not last and self.random.chance(self.p_early_end):
+            self.inject("early_end")
+            last = True
+        return self.post(slot, accepted.fd, 0 if last else MORE, NULL, NULL)
+
+    cdef int work_send(self, uint32_t slot, Socket socket) except -1:
+        cdef Slot *entry = &self.slots[slot]
+        cdef Operation *operation = entry.operation
+        cdef uint32_t wanted = <uint32_t>total(operation), n
+        cdef int32_t error
+        if not self.can_send(socket):
+            return 0
+        error = self.send_error(socket)
+        if error:
+            # With MSG_WAITALL what went out counts more than the error, which is then told to nobody.
+            return self.post(slot, <int32_t>entry.progress if entry.progress else -error, 0, NULL, NULL)
+        n = self.take_from(operation, entry.progress, wanted - entry.progress, socket)
+        entry.progress += n
+        if entry.progress == wanted or not operation.flags & ALL:
+            return self.post(slot, <int32_t>entry.progress, 0, NULL, NULL)
+        return 0
+
+    cdef int send_silently(self, uint32_t slot) except -1:
+        """MSG_DONTWAIT: here and now. A completion only if it isn't all."""
+        cdef Slot *entry = &self.slots[slot]
+        cdef Operation *operation = entry.operation
+        cdef Socket socket = <Socket>entry.socket
+        cdef uint32_t wanted = <uint32_t>total(operation), n = 0
+        cdef int32_t error = self.send_error(socket)
+        if self.silent_count == self.silent_capacity:
+            self.silent = <uint64_t *>grow(self.silent, &self.silent_capacity, sizeof(uint64_t))
+        self.silent[self.silent_count] = slot | <uint64_t>entry.generation << 32
+        self.silent_count += 1
+        if error:
+            return self.post(slot, -error, 0, NULL, NULL)
+        if self.random.chance(self.p_would_block):
+            self.inject("would_block")
+        else:
+            n = self.take_from(operation, 0, wanted, socket)
+        if n == wanted:
+            entry.stage = DECIDED
+            return 0
+        return self.post(slot, <int32_t>n if n else -EAGAIN, 0, NULL, NULL)
+
+    cdef uint32_t take_from(self, Operation *operation, uint32_t offset, uint32_t wanted, Socket socket) except? 0:
+        """Copies bytes of a send into the sender's buffer: as many as fit, or, by seed, fewer."""
+        cdef msghdr *message = <msghdr *>operation.message
+        cdef size_t i, start = offset, length
+        cdef uint32_t done = 0, n
+        if wanted > 1 and self.random.chance(self.p_short_send):
+            self.inject("short_send")
+            wanted = 1 + <uint32_t>self.random.below(wanted - 1)
+        if message == NULL:
+            return self.accept_bytes(socket, operation.buffer + offset, wanted)
+        for i in range(message.msg_iovlen):
+            length = message.msg_iov[i].iov_len
+            if start >= length:
+                start -= length
+                continue
+            n = <uint32_t>min(<size_t>(wanted - done), length - start)
+            length = self.accept_bytes(socket, <const char *>message.msg_iov[i].iov_base + start, n)
+            done += <uint32_t>length
+            if length < n or done == wanted:
+                break
+            start = 0
+        return done
+
+    cdef int cancel(self, Operation *operation) except -1:
+        operation.flags |= CANCELLED
+        if operation.state == IN_FLIGHT:
+            self.schedule(self.delay(), CANCEL, operation.slot, self.slots[operation.slot].generation, None)
+        elif operation.state == PARKED:
+            remove(self.parked, &self.parked_length, operation)
+            self.push(operation, -ECANCELED, 0, NULL, NULL)
+        elif operation.state == SUSPENDED:
+            remove(self.suspended, &self.suspended_length, operation)
+            self.push(operation, -ECANCELED, 0, NULL, NULL)
+        return 0
+
+    cdef int cancel_now(self, Operation *operation) except -1:
+        self.raise_violation()
+        operation.flags |= CANCELLED
+        if operation.state == IN_FLIGHT:
+            self.execute()
+            if operation.state == IN_FLIGHT and self.slots[operation.slot].stage == ARMED:
+                self.cancelled(operation.slot, True)
+            self.reap_all()
+        else:
+            self.cancel(operation)
+        return 0
+
+    cdef int cancelled(self, uint32_t slot, bint now) except -1:
+        """A cancel request has reached its operation, which may yet win the race."""
+        cdef Slot *entry = &self.slots[slot]
+        cdef Operation *operation = entry.operation
+        if entry.stage == QUEUED:
+            return self.schedule(self.turn_cost, CANCEL, slot, entry.generation, None)
+        if entry.stage != ARMED:
+            return 0
+        if entry.socket != NULL and self.random.chance(self.p_cancel_race):
+            self.inject("cancel_race")
+            self.work(slot, self.random.chance(0.5))
+            entry = &self.slots[slot]
+            if entry.stage != ARMED:
+                return 0
+        if entry.progress:
+            return self.post(slot, <int32_t>entry.progress, 0, NULL, NULL)
+        return self.post(slot, -ECANCELED, 0, NULL, NULL)
+
+    # ---- completions ----------------------------------------------------------------------------------------
+
+    cdef int post(self, uint32_t slot, int32_t result, uint32_t flags, Block *block, char *data) except -1:
+        """Into the completion queue, or, when that is full, the overflow list: what's in there isn't seen yet."""
+        cdef RawCompletion *entry
+        if self.raw_count == self.raw_capacity:
+            self.raw = <RawCompletion *>grow(self.raw, &self.raw_capacity, sizeof(RawCompletion))
+        entry = &self.raw[self.raw_count]
+        entry.slot = slot
+        entry.generation = self.slots[slot].generation
+        entry.result = result
+        entry.flags = flags
+        entry.block = block
+        entry.data = data
+        if self.visible == self.raw_count and self.visible < self.visible_limit:
+            if self.random.chance(self.p_overflow):
+                self.inject("overflow")
+            else:
+                self.visible += 1
+        self.raw_count += 1
+        if not flags & MORE:
+            self.slots[slot].stage = DONE
+        self.mix(<uint64_t>result)
+        if self.trace is not None:
+            self.note(f"{describe(self.slots[slot].operation)} -> {result}{'' if flags & MORE else ' (last)'}"
+                      f"{'' if self.visible == self.raw_count else ' (overflow)'}")
+        return 0
+
+    cdef int promote(self) except -1:
+        """An enter that collects: the overflow list moves up into the queue."""
+        if self.visible < self.raw_count:
+            self.overflows += 1
+            self.visible = min(self.raw_count, self.visible_limit)
+        return 0
+
+    cdef int reap(self) except -1:
+        """Takes what is in the completion queue; then silent sends can be decided, if nothing is in overflow."""
+        cdef RawCompletion entry
+        cdef int i, n = self.visible
+        for i in range(n):
+            entry = self.raw[i]
+            self.settle(&entry)
+        self.raw_count -= n
+        self.visible = 0
+        if n:
+            memmove(self.raw, self.raw + n, self.raw_count * sizeof(RawCompletion))
+        if self.silent_count and (self.raw_count == 0 or self.planted == PLANT_OVERFLOW_IGNORED):
+            self.decide_silent()
+        return 0
+
+    cdef int collect(self) except -1:
+        """The end of an enter. Completions may stay in overflow until the next one, but not under silent sends."""
+        self.reap()
+        return self.reap_all() if self.silent_count else 0
+
+    cdef int reap_all(self) except -1:
+        """Until the overflow list is empty."""
+        self.reap()
+        while self.raw_count:
+            self.promote()
+            self.reap()
+        return 0
+
+    cdef int settle(self, RawCompletion *raw) except -1:
+        cdef Operation *operation = self.slots[raw.slot].operation
+        if self.slots[raw.slot].generation != raw.generation or operation == NULL:
+            # Only a planted bug gets here: the operation was taken as done before its completion was seen.
+            return 0
+        if raw.flags & MORE:
+            return self.push(operation, raw.result, MORE, raw.block, raw.data)
+        if raw.result == -ECONNRESET or raw.result == -EPIPE:
+            (<Socket>self.slots[raw.slot].socket).told = -raw.result
+        self.release_slot(raw.slot)
+        if raw.result == -ENOBUFS and operation.kind == RECEIVE:
+            self.no_buffers += 1
+            if not operation.flags & CANCELLED:
+                return self.suspend(operation) if self.stopping else self.park(operation)
+            raw.result = -ECANCELED
+        if raw.result == -ECANCELED and self.stopping and not operation.flags & CANCELLED:
+            return self.suspend(operation)
+        if operation.kind == SEND and operation.flags & SILENT:
+            self.silent_failures += 1
+        return self.push(operation, raw.result, 0, raw.block, raw.data)
+
+    cdef int decide_silent(self) except -1:
+        cdef int i, kept = 0
+        cdef uint32_t slot
+        cdef Operation *operation
+        for i in range(self.silent_count):
+            slot = <uint32_t>self.silent[i]
+            operation = self.slots[slot].operation
+            if operation == NULL or self.slots[slot].generation != self.silent[i] >> 32:
+                continue    # it failed; its completion is queued
+            if self.slots[slot].stage == DECIDED or self.planted == PLANT_OVERFLOW_IGNORED:
+                self.release_slot(slot)
+                operation.state = IDLE
+                self.silent_sends += 1
+                (<Endpoint>operation.owner).sent_silently(operation)
+                Py_DECREF(<object>operation.owner)
+            elif self.slots[slot].stage != DONE:
+                self.silent[kept] = self.silent[i]
+                kept += 1
+        self.silent_count = kept
+        return 0
+
+    cdef int park(self, Operation *operation) except -1:
+        if self.parked_length == self.parked_capacity:
+            self.parked = <Operation **>grow(self.parked, &self.parked_capacity, sizeof(Operation *))
+        self.parked[self.parked_length] = operation
+        self.parked_length += 1
+        operation.state = PARKED
+        self.parked_count += 1
+        return 0
+
+    cdef int suspend(self, Operation *operation) except -1:
+        if self.suspended_length == self.suspended_capacity:
+            self.suspended = <Operation **>grow(self.suspended, &self.suspended_capacity, sizeof(Operation *))
+        self.suspended[self.suspended_length] = operation
+        self.suspended_length += 1
+        operation.state = SUSPENDED
+        return 0
+
+    cdef int replenish(self) except -1:
+        cdef Block *block
+        while self.posted_count < self.pool.target:
+            block = self.pool.take()
+            if block == NULL:
+                break
+            if self.posted_count == self.posted_capacity:
+                self.posted = <Block **>grow(self.posted, &self.posted_capacity, sizeof(Block *))
+            block.offset = 0
+            block.posted = True
+            self.posted[self.posted_count] = block
+            self.posted_count += 1
+            self.pool.posted += 1
+        return 0
+
+    cdef int unpark(self) except -1:
+        """Re-arms as many parked receives as the posted blocks can serve, the longest waiting first."""
+        cdef int i, n
+        self.replenish()
+        n = min(self.parked_length, self.posted_count * REARM_PER_BLOCK)
+        if self.planted == PLANT_PARKED_STAY:
+            return 0
+        for i in range(n):
+            self.begin(self.parked[i])
+        self.parked_length -= n
+        if n and self.parked_length:
+            memmove(self.parked, self.parked + n, self.parked_length * sizeof(Operation *))
+        return 0
+
+    # ---- a turn ---------------------------------------------------------------------------------------------
+
+    cdef int flush(self) except -1:
+        self.raise_violation()
+        self.execute()
+        return self.reap_all()
+
+    cdef int wait(self, double timeout) except -1:
+        cdef double deadline
+        self.raise_violation()
+        PyErr_CheckSignals()
+        self.waits += 1
+        self.unpark()
+        self.check_blocks()
+        deadline = self.clock + timeout
+        self.clock += self.turn_cost
+        self.promote()
+        self.execute()
+        self.run_events(self.clock)
+        self.poll_real(0)
+        self.collect()
+        if timeout == 0 or self.woken:
+            self.woken = False
+            return 0
+        while self.first == self.last and not self.woken:
+            if self.raw_count:
+                self.promote()
+            elif self.event_count and (timeout < 0 or self.events[0].at <= deadline):
+                # What the seed puts at one moment comes in one batch.
+                self.run_events(self.events[0].at)
+            elif timeout >= 0:
+                self.clock = max(self.clock, deadline)
+                self.run_events(self.clock)
+                self.collect()
+                break
+            else:
+                self.idle()
+            self.collect()
+            # A receive that found no buffer now is parked; blocks may be there for it.
+            if self.parked_length and self.first == self.last:
+                self.unpark()
+                self.execute()
+        self.woken = False
+        self.raise_violation()
+        return 0
+
+    cdef int idle(self) except -1:
+        """Nothing virtual will ever happen: wait for the real world, or say that all stand still."""
+        cdef int i, rounds = <int>(self.patience * 200)
+        for i in range(rounds):
+            self.poll_real(5)
+            PyErr_CheckSignals()
+            if self.raw_count or self.woken:
+                return 0
+        waiting = "\n  ".join(self.operations()) or "nothing"
+        raise Deadlock(f"a wait without end, and nothing can happen; in flight:\n  {waiting}\n", self.seed)
+
+    cdef int poll_real(self, int milliseconds) except -1:
+        """One-shot polls of real descriptors: the loop's selector."""
+        cdef uint32_t slot
+        cdef int ready, fd
+        if not self.real_polls:
+            return 0
+        for slot in range(self.slot_capacity):
+            if self.slots[slot].operation == NULL or self.slots[slot].socket != NULL:
+                continue
+            if self.slots[slot].stage == ARMED:
+                fd = self.slots[slot].operation.fd
+                with nogil:
+                    ready = headrace_readable(fd, milliseconds)
+                if ready:
+                    self.post(slot, 1, 0, NULL, NULL)
+        return 0
+
+    # ---- checks ---------------------------------------------------------------------------------------------
+
+    def remember(self, text):
+        """The first violation is kept: where it happened it may not be raised, or somebody may swallow it."""
+        self.note("VIOLATION " + text)
+        if self.violation is None:
+            self.violation = ContractViolation(text, self.seed)
+
+    def raise_violation(self):
+        """Raises the violation that was found, if there is one."""
+        if self.violation is not None:
+            raise self.violation
+
+    cdef int violated(self, str text) except -1:
+        self.remember(text)
+        raise self.violation
+
+    cdef int check_blocks(self) except -1:
+        """posted + queued + leased + free = allocated, and each block's references are those that are known."""
+        cdef BufferPool pool = self.pool
+        cdef Block *block
+        cdef int i, free_blocks = 0, posted = 0
+        cdef int32_t known
+        for i in range(pool.slots):
+            block = pool.blocks[i]
+            if block.memory == NULL:
+                continue
+            known = <int32_t>block.leases + (1 if block.posted else 0)
+            posted += block.posted
+            if block.references == 0:
+                free_blocks += 1
+            if block.references < known:
+                self.violated(f"block {i} has {block.references} references, but {known} holders are known")
+        for i in range(self.raw_count):
+            if self.raw[i].block != NULL and self.raw[i].block.references < 1:
+                self.violated(f"block {self.raw[i].block.index} was given back under a completion")
+        for i in range(self.first, self.last):
+            if self.completions[i].block != NULL and self.completions[i].block.references < 1:
+                self.violated(f"block {self.completions[i].block.index} was given back under a completion")
+        if free_blocks != pool.free:
+            self.violated(f"{pool.free} blocks are on the idle stack, {free_blocks} have no reference")
+        if posted != self.posted_count or posted != pool.posted:
+            self.violated(f"{self.posted_count} blocks are posted, {posted} are marked so, the pool says {pool.posted}")
+        return 0
+
+    def check(self):
+        """Checks the invariants now; ``wait`` does so at each step."""
+        self.raise_violation()
+        self.check_blocks()
+
+    def held_blocks(self):
+        """Blocks that neither the engine nor the pool has: leased, or leaked."""
+        cdef BufferPool pool = self.pool
+        cdef int i, held = 0
+        for i in range(pool.slots):
+            if pool.blocks[i].memory != NULL and pool.blocks[i].references > (1 if pool.blocks[i].posted else 0):
+                held += 1
+        return held
+
+    cdef int inject(self, str name) except -1:
+        self.injected[name] += 1
+        return 0
+
+    cdef int note(self, str text) except -1:
+        if self.trace is not None:
+            self.trace.append(f"{(self.clock - 1000.0) * 1e3:10.4f} ms  {text}")
+        return 0
+
+    cdef int mix(self, uint64_t value) noexcept:
+        """The digest is equal in two runs that went the same way."""
+        self.digest = (self.digest ^ value) * <uint64_t>0x9e3779b97f4a7c15 + <uint64_t>(self.clock * 1e9)
+        return 0
+
+    def stats(self):
+        """Counters, as a dict of int: those of every engine, and posted, overflows, no_buffers, steps."""
+        return Engine.stats(self) | {
+            "posted": self.posted_count, "overflows": self.overflows, "no_buffers": self.no_buffers,
+            "in_flight": self.in_flight, "steps": self.steps,
+        }
+
+
+cdef inline bint earlier(Event *one, Event *other) noexcept:
+    return one.at < other.at or (one.at == other.at and one.tie < other.tie)
+
+
+cdef str describe(Operation *operation):
+    name = KIND_NAMES.get(operation.kind, f"operation {operation.kind}")
+    if operation.kind == SEND:
+        name = f"{'silent ' if operation.flags & SILENT else ''}send of {total(operation)} bytes"
+    cancelled = ", cancelled" if operation.flags & CANCELLED else ""
+    return f"{name} on descriptor {operation.fd}{cancelled}"
