@@ -19,7 +19,7 @@ import asyncio
 import os
 import socket as socket_module
 import warnings
-from asyncio import constants
+from asyncio import constants, transports
 from asyncio.log import logger
 
 cimport cython
@@ -96,8 +96,10 @@ cdef double DRAIN_PATIENCE = 30.0
 EOF = object()
 
 
-class _Facade(asyncio.Transport):
+class _Facade(transports._FlowControlMixin):
     """What ``transport.__class__`` answers, so that ``isinstance(transport, asyncio.Transport)`` holds.
+
+    asyncio's sendfile fallback even asks for the mixin that its own transports have their flow control from.
 
     A class with C fields can't inherit from a Python class with a layout of its own.
     """
@@ -144,10 +146,14 @@ cdef class StreamTransport(Endpoint):
     def __init__(self, LoopCore loop, sock, protocol, waiter=None, extra=None, server=None):
         self.open(loop, sock, sock.fileno(), sock.family, sock.type, sock.proto, server, extra)
         self.adopt(protocol)
-        # As asyncio does: connection_made, then reading, then whoever waits for the connection.
-        loop.call_soon(self._connect, context=self.context)
+        loop.call_soon(self._connect, waiter is None, context=self.context)
         if waiter is not None:
+            # Whoever waits gets the transport before the protocol gets its first bytes: at that turn's end its wake-up
+            # is in the ready queue, and reading begins behind it.
             loop.call_soon(asyncio.futures._set_result_unless_cancelled, waiter, None)
+            loop.call_soon(loop.call_soon, self._begin_reading)
+            # The connection may be over when it's looked at; what asyncio knows by then is known here, too.
+            self.get_extra_info("sockname")
 
     cdef int open(self, LoopCore loop, object sock, int fd, int family, int type, int proto,
                   object server, dict extra) except -1:
@@ -195,15 +201,19 @@ cdef class StreamTransport(Endpoint):
             self.received = getattr(protocol, "data_received", None)
         return 0
 
-    def _connect(self):
-        """The first callback of a transport that was made for somebody who waits."""
+    def _connect(self, read):
+        """The first callback of a transport that wasn't accepted; then reads, unless it is told to later."""
         if self.ending:
             return
         self.connected = True
         try:
             self.protocol.connection_made(self)
         finally:
-            self.begin_reading()
+            if read:
+                self.begin_reading()
+
+    def _begin_reading(self):
+        self.begin_reading()
 
     cdef int connect(self) except -1:
         """The same for an accepted connection, at once; a protocol that fails here is not served."""
@@ -956,6 +966,10 @@ cdef class StreamTransport(Endpoint):
     @property
     def _extra(self):
         return {} if self.extra is None else self.extra
+
+    @property
+    def _protocol_paused(self):
+        return self.protocol_paused
 
     # What BaseEventLoop.start_tls and sendfile ask for.
     _start_tls_compatible = True
