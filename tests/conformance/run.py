@@ -245,8 +245,7 @@ def judge(options: Any, results: list[looptest.Result], failures: list[str]) -> 
     complaints = [f"{name}: failed" for name in failures]
     if options.compare and not options.select:
         complaints += looptest.compare(results, options.baseline)
-    module, _, factory = options.factory.partition(":")
-    forced = getattr(importlib.import_module(module), "FORCED", {}).get(factory)
+    forced = options.forced
     if forced:
         wrong, idle = looptest.check_engine(results, forced)
         complaints += wrong
@@ -265,6 +264,8 @@ def main() -> int:
         return 0
     if subprocess.run([sys.executable, "-c", "import test.test_asyncio"], check=False).returncode:
         raise SystemExit("needs CPython's own test suite (Debian: libpython3-testsuite)")
+    module, _, factory = options.factory.partition(":")
+    options.forced = getattr(importlib.import_module(module), "FORCED", {}).get(factory)
     if options.compare:
         options.baseline = baseline(options.compare, options.jobs)
     argv = command(options.factory)
