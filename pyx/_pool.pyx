@@ -257,8 +257,9 @@ cdef class Lease:
     it stays valid when the original is released. A lease is not hashable.
 
     The memory goes back to the pool with :meth:`release`, at the end of a ``with`` block, or with the last
-    reference to the lease. Release early: until then a block can't be filled again. As long as a memoryview
-    (or another buffer) looks at the bytes they can't be released, and never change.
+    reference to the lease. Release early: until then a block can't be filled again. A lease that was written
+    to a transport and let go of needs no release: it goes as soon as it's sent. As long as a memoryview (or
+    another buffer) looks at the bytes they can't be released, and never change.
 
     Any use of a released lease raises ValueError. Any thread may use and release a lease.
     """
@@ -279,8 +280,10 @@ cdef class Lease:
             return
         site = forget(self) if self.observed else None
         self.released = True
-        self.pool.collected += 1
         give_back(self)
+        if self.sent:
+            return      # to write a lease and let go of it is in order: it goes as soon as it is sent
+        self.pool.collected += 1
         if site is not None:
             warn(self.pool, site)
 
@@ -289,6 +292,7 @@ cdef class Lease:
     cdef void pin(self) noexcept:
         # The caller holds a reference to the lease until it has called unpin().
         self.pins += 1
+        self.sent = True
 
     cdef void unpin(self) noexcept:
         self.pins -= 1

@@ -350,6 +350,17 @@ def test_a_sent_lease_stays_usable_until_it_is_released() -> None:
     assert pool.free == 1
 
 
+def test_a_lease_that_was_sent_and_let_go_of_is_no_leak(caplog: pytest.LogCaptureFixture) -> None:
+    pool = small_pool(leak_level="all")
+    probe = Probe(pool)
+    lease = pool._take_bytes(b"abc")
+    assert lease is not None
+    probe.pin(lease)
+    probe.unpin(lease)
+    del lease
+    assert (pool.free, pool.outstanding, pool.collected, pool.report(), caplog.records) == (1, 0, 0, [], [])
+
+
 def test_detach_keeps_the_bytes_and_gives_the_block_back(make: Any) -> None:
     pool = small_pool()
     with make(b"hello", pool) as lease:

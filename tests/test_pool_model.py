@@ -129,11 +129,12 @@ class PoolMachine(RuleBasedStateMachine):
         if held.views:
             held.views.pop().release()
 
-    @rule(held=leases)
-    def send(self, held: Held) -> None:
+    @rule(held=leases, times=st.integers(1, 2))
+    def send(self, held: Held, times: int) -> None:
         if not held.released:
-            self.probe.pin(held.lease)
-            held.pins += 1
+            for _ in range(times):
+                self.probe.pin(held.lease)
+            held.pins += times
 
     @rule(held=leases)
     def sent(self, held: Held) -> None:

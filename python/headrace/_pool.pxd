@@ -71,6 +71,7 @@ cdef class Lease:
     cdef int pins              # sends that the kernel isn't done with
     cdef bint released         # as the user sees it; with pins the memory goes back later
     cdef bint observed         # by the leak detector
+    cdef bint sent             # it was pinned once: then its last reference is as good as release()
 
     # A transport that sends the bytes pins them: release() by the user then takes effect at the last unpin.
     cdef void pin(self) noexcept
