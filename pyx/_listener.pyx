@@ -4,7 +4,6 @@ At the descriptor limit a multishot accept ends with EMFILE, and re-arming it at
 after a while (100 ms, doubling to 1 s), or as soon as a transport of this loop closes its descriptor.
 """
 import asyncio
-import socket as socket_module
 
 from asyncio import trsock
 from asyncio.log import logger
@@ -139,7 +138,7 @@ cdef class Listener(Endpoint):
 
     cdef int secure_connection(self, int fd) except -1:
         """TLS by asyncio's own protocol, which wants a task to wait for the handshake."""
-        sock = socket_module.socket(self.family, self.type, self.proto, fileno=fd)
+        sock = self.loop._accepted_socket(fd, self.family, self.type, self.proto)
         sock.setblocking(False)
         try:
             extra = {"peername": sock.getpeername()}

@@ -309,9 +309,8 @@ cdef class ModelTransport(Endpoint):
             self.got_eof()
         elif result != -ECANCELED:
             if self.loop.bug == RESET_TAKEN_AS_END:
-                self.got_eof()
-            else:
-                self.lose(OSError(-result, os.strerror(-result)))
+                return self.got_eof()
+            self.lose(OSError(-result, os.strerror(-result)))
         if more or result == 0:
             return 0
         if not self.closing and not self.lost or self.loop.bug == REARMED_AFTER_LOSS:

@@ -16,7 +16,7 @@ Theory of operation
   count on a block. It is raised at once where that's possible and again at each later step, since
   transports rightly keep exceptions of callbacks away from the loop.
 
-Virtual descriptors start at 2**20: a real system call on one fails with EBADF.
+Virtual descriptors start at 2**24, beyond what any kernel hands out: a real system call on one fails with EBADF.
 """
 import collections
 import errno as errno_module
@@ -60,7 +60,7 @@ cdef extern from *:
 
 cdef enum:
     NO_SLOT = 0xffffffff
-    FIRST_DESCRIPTOR = 1 << 20
+    FIRST_DESCRIPTOR = 1 << 24
     RECEIVE_LIMIT = 64 * 1024     # one completion brings at most this much
     REARM_PER_BLOCK = 4           # as in the io_uring engine
     TRACE_LENGTH = 4000
@@ -356,7 +356,7 @@ cdef class SimulatedEngine(Engine):
         for name in Faults.NAMES:
             values[name] = 0.0 if random.chance(0.4) else random.choice((0.02, 0.1, 0.3))
         # These three have scales of their own.
-        values["reset"] = 0.0 if random.chance(0.6) else random.choice((0.1, 0.4))
+        values["reset"] = 0.0 if random.chance(0.6) else random.choice((0.2, 0.5))
         values["latency"] = random.choice((0.0, 20e-6, 200e-6, 5e-3))
         values["delay"] = random.choice((0.0, 0.0, 20e-6, 1e-3))
         return Faults(**values)
@@ -545,18 +545,19 @@ cdef class SimulatedEngine(Engine):
         return sorted(self.sockets)
 
     def operations(self):
-        """What is in flight, parked or suspended, as a list of text."""
+        """What is in flight, parked or suspended on virtual descriptors, as a list of text."""
         cdef uint32_t slot
         cdef int i
         lines = []
         for slot in range(self.slot_capacity):
-            if self.slots[slot].operation != NULL:
+            if self.slots[slot].operation != NULL and self.slots[slot].socket != NULL:
                 stage = ("queued", "armed", "decided", "done")[self.slots[slot].stage]
                 lines.append(f"{describe(self.slots[slot].operation)} ({stage})")
         for i in range(self.parked_length):
             lines.append(f"{describe(self.parked[i])} (parked)")
         for i in range(self.suspended_length):
-            lines.append(f"{describe(self.suspended[i])} (suspended)")
+            if self.suspended[i].fd >= FIRST_DESCRIPTOR:
+                lines.append(f"{describe(self.suspended[i])} (suspended)")
         return lines
 
     def reset(self, int fd):
@@ -652,7 +653,7 @@ cdef class SimulatedEngine(Engine):
         one.address = other.peer_address = near
         one.peer_address = other.address = far
         if self.random.chance(self.p_reset):
-            self.schedule(self.random.fraction() * self.random.choice((1e-3, 20e-3, 0.5)), FAULT, 0, 0, one)
+            self.schedule(self.random.fraction() * self.random.choice((1e-4, 1e-3, 20e-3)), FAULT, 0, 0, one)
         return one, other
 
     cdef Pipe make_pipe(self):
@@ -674,8 +675,9 @@ cdef class SimulatedEngine(Engine):
         if socket is None:
             self.remember(f"descriptor {fd} was closed, but isn't open")
             return -EBADF
-        if socket.operations:
-            self.remember(f"descriptor {fd} was closed under its {' and '.join(socket.operations)}")
+        waiting = socket.operations + self.held_back(fd)
+        if waiting:
+            self.remember(f"descriptor {fd} was closed under its {' and '.join(waiting)}")
         try:
             self.close_socket(socket)
         except BaseException as error:
@@ -932,10 +934,19 @@ cdef class SimulatedEngine(Engine):
 
     def check_free(self, Socket socket, int kind):
         cdef uint32_t taken = socket.send if kind == SEND else socket.poll if kind == POLL else socket.receive
-        if taken != NO_SLOT:
+        if taken != NO_SLOT or KIND_NAMES.get(kind) in self.held_back(socket.fd):
             self.violated(f"two {KIND_NAMES.get(kind, kind)} operations at a time on descriptor {socket.fd}")
         if socket.listening != (kind == ACCEPT) and kind != POLL:
             self.violated(f"a {KIND_NAMES.get(kind, kind)} on the wrong kind of descriptor, {socket.fd}")
+
+    cdef list held_back(self, int fd):
+        """The kinds of the operations on `fd` that are parked or suspended."""
+        cdef int i
+        kinds = [KIND_NAMES[self.parked[i].kind] for i in range(self.parked_length) if self.parked[i].fd == fd]
+        for i in range(self.suspended_length):
+            if self.suspended[i].fd == fd:
+                kinds.append(KIND_NAMES[self.suspended[i].kind])
+        return kinds
 
     cdef int begin(self, Operation *operation) except -1:
         """Queues an operation that the engine already owns for the kernel."""
@@ -1433,6 +1444,10 @@ cdef class SimulatedEngine(Engine):
             self.woken = False
             return 0
         while self.first == self.last and not self.woken:
+            if self.parked_length:
+                # A receive that found no buffer a moment ago; there may be one now.
+                self.unpark()
+                self.execute()
             if self.raw_count:
                 self.promote()
             elif self.event_count and (timeout < 0 or self.events[0].at <= deadline):
@@ -1446,10 +1461,6 @@ cdef class SimulatedEngine(Engine):
             else:
                 self.idle()
             self.collect()
-            # A receive that found no buffer now is parked; blocks may be there for it.
-            if self.parked_length and self.first == self.last:
-                self.unpark()
-                self.execute()
         self.woken = False
         self.raise_violation()
         return 0

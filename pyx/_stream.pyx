@@ -17,7 +17,6 @@ Rules
 """
 import asyncio
 import os
-import socket as socket_module
 import warnings
 from asyncio import constants, transports
 from asyncio.log import logger
@@ -856,10 +855,19 @@ cdef class StreamTransport(Endpoint):
             self.engine.cancel(&self.receive)
         if self.send.state != IDLE:
             self.engine.cancel(&self.send)
-        return self.check_finished()
+        # Queued here, so that connection_lost has the place among the ready callbacks that it has with asyncio. Engines
+        # end what is cancelled in their next wait, which comes first: then it's time already.
+        self.loop.call_soon(self._finish, context=self.context)
+        return 0
+
+    def _finish(self):
+        self.finishing = True
+        if self.receive.state == IDLE and self.send.state == IDLE:
+            self.finished = True
+            self._call_connection_lost(self.error)
 
     cdef int check_finished(self) except -1:
-        if not self.finished and self.receive.state == IDLE and self.send.state == IDLE:
+        if self.finishing and not self.finished and self.receive.state == IDLE and self.send.state == IDLE:
             self.finished = True
             self.loop.call_soon(self._call_connection_lost, self.error, context=self.context)
         return 0
@@ -903,7 +911,7 @@ cdef class StreamTransport(Endpoint):
 
     cdef object socket(self):
         if self.sock is None and self.fd >= 0:
-            self.sock = socket_module.socket(self.family, self.type, self.proto, fileno=self.fd)
+            self.sock = self.loop._accepted_socket(self.fd, self.family, self.type, self.proto)
         return self.sock
 
     def get_extra_info(self, name, default=None):

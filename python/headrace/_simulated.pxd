@@ -136,6 +136,7 @@ cdef class SimulatedEngine(Engine):
     # operations
     cdef int take_slot(self, Operation *operation, object socket) except -1
     cdef int release_slot(self, uint32_t slot) except -1
+    cdef list held_back(self, int fd)
     cdef int begin(self, Operation *operation) except -1
     cdef int execute(self) except -1
     cdef int arm(self, uint32_t slot) except -1

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import threading
 import weakref
 from collections.abc import Coroutine
@@ -225,6 +226,10 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         StreamTransport(self, rawsock, tls, None, extra, server)
         return tls._app_transport
 
+    def _accepted_socket(self, fd: int, family: int, type: int, proto: int) -> socket.socket:
+        """A socket object for an accepted descriptor; made only when somebody asks for it."""
+        return socket.socket(family, type, proto, fileno=fd)
+
     def _start_serving(
         self,
         protocol_factory: Any,
@@ -243,7 +248,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         listener = self._listeners.pop(sock.fileno(), None)
         if listener is not None:
             listener.stop()
-        sock.close()
+        super()._stop_serving(sock)
 
     async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
         reading = transp.is_reading()
