@@ -22,6 +22,7 @@ COLUMNS = {
     ),
     "sink": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
     "source": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
+    "micro": (("CPU us/event", "cpu_us_per_event"),),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),
@@ -89,18 +90,27 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown(result: Result) -> str:
     """A row's section: its table, what was judged, who is missing, and how it was measured."""
-    settings = result.settings
     parts = [f"### {result.row}"]
     if result.peers:
         parts.append(markdown_table(result_table(result)))
     if judgements := judge(result):
         parts.append(markdown_table(judgement_table(judgements)))
     parts += [f"left out: {name}: {reason.splitlines()[-1]}" for name, reason in result.failures.items()]
-    parts.append(
-        f"{settings.rounds} rounds of {settings.seconds:g} s, {result.placement.note}; ratios are medians of "
-        "same-round pairs with their 90 % bootstrap interval, above 1: cheaper than the other"
-    )
+    parts.append(method(result))
     return "\n\n".join(parts) + "\n"
+
+
+def method(result: Result) -> str:
+    """One line for below a table: how it was measured, and how to read the ratios."""
+    how = (
+        "CPU time in this process"
+        if result.row.label
+        else (f"{result.settings.seconds:g} s each, {result.placement.note}")
+    )
+    return (
+        f"{len(result.rounds)} rounds, {how}; ratios are medians of same-round pairs with their 90 % "
+        "bootstrap interval, above 1: cheaper than the other"
+    )
 
 
 def figures(result: Result) -> dict[str, object]:
@@ -112,7 +122,7 @@ def figures(result: Result) -> dict[str, object]:
     return {
         "row": str(result.row),
         "metric": result.row.metric,
-        "rounds": result.settings.rounds,
+        "rounds": len(result.rounds),
         "placement": result.placement.note,
         "cost": {peer: as_list(estimate(result.values(peer))) for peer in result.peers},
         f"ratio_{REFERENCE}": {

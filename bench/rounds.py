@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,8 @@ __all__ = ["Placement", "Result", "Row", "ServerError", "Settings", "run_row"]
 
 START_TIMEOUT = 20.0  # seconds
 STOP_TIMEOUT = 5.0
-LOAD_TIMEOUT = 60.0
+LOAD_TIMEOUT = 30.0
+MANY_CONNECTIONS = 5000
 
 # What a server's cost is measured in, per mode of the load generator.
 METRICS = {
@@ -35,7 +36,9 @@ METRICS = {
     "sink": "cpu_seconds_per_gigabyte",
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
+    "micro": "cpu_us_per_event",
 }
+LOADS = ("echo", "sink", "source", "storm")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -46,18 +49,19 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what the load generator does."""
+    """One line of a table: what the load generator does, or (mode "micro") work inside this process."""
 
     mode: str
     connections: int = 1
     size: int = 64
     rate: float = 0.0  # bytes per second in total; 0: as fast as it goes
+    label: str = ""  # of a micro row
 
     @classmethod
     def parse(cls, text: str) -> Row:
         """``"echo -n 100 -s 64"``, in the load generator's own words; ``ValueError`` for anything else."""
         words = shlex.split(text)
-        if not words or words[0] not in METRICS or len(words) % 2 == 0:
+        if not words or words[0] not in LOADS or len(words) % 2 == 0:
             raise ValueError(
                 f"a row is 'echo|sink|source|storm [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
             )
@@ -68,6 +72,8 @@ class Row:
         return cls(words[0], int(given.get("-n", 1)), int(given.get("-s", 64)), float(given.get("-r", 0)))
 
     def __str__(self) -> str:
+        if self.label:
+            return self.label
         if self.mode == "storm":
             return f"storm -n {self.connections}"
         if self.mode == "source":
@@ -86,8 +92,10 @@ class Row:
 
     @property
     def needs_new_servers(self) -> bool:
-        """A storm measures growth of memory: every round wants a server that hasn't grown yet."""
-        return self.mode == "storm"
+        """A storm measures growth of memory: every round wants a server that hasn't grown yet. And where a
+        server still closes thousands of connections when the next round's come, it runs out of descriptors.
+        """
+        return self.mode == "storm" or self.connections > MANY_CONNECTIONS
 
     def arguments(self) -> list[str]:
         words = [self.mode, "-n", str(self.connections), "-s", str(self.size)]
@@ -96,21 +104,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how often; from_environment reads HEADRACE_BENCH_ROUNDS, _SECONDS, _WARMUP, _VERIFY."""
+    """How often, and how long each time."""
 
     rounds: int = 15
     seconds: float = 0.3
     warmup: float = 0.1
     verify: bool = False
+    budget: float = float("inf")  # seconds; no round begins later, so a row has an end
 
     @classmethod
-    def from_environment(cls) -> Settings:
+    def from_environment(cls, default: Settings | None = None) -> Settings:
+        """What HEADRACE_BENCH_ROUNDS, _SECONDS, _WARMUP and _VERIFY say, and else ``default``."""
+        default = default or cls()
         get = os.environ.get
-        return cls(
-            rounds=int(get("HEADRACE_BENCH_ROUNDS", cls.rounds)),
-            seconds=float(get("HEADRACE_BENCH_SECONDS", cls.seconds)),
-            warmup=float(get("HEADRACE_BENCH_WARMUP", cls.warmup)),
-            verify=get("HEADRACE_BENCH_VERIFY", "0") == "1",
+        return replace(
+            default,
+            rounds=int(get("HEADRACE_BENCH_ROUNDS", default.rounds)),
+            seconds=float(get("HEADRACE_BENCH_SECONDS", default.seconds)),
+            warmup=float(get("HEADRACE_BENCH_WARMUP", default.warmup)),
+            verify=get("HEADRACE_BENCH_VERIFY", str(int(default.verify))) == "1",
         )
 
 
@@ -267,12 +279,20 @@ class Result:
 
 
 @dataclass
-class Round:
+class Rounds:
     """Runs one peer after the other, and gives up on one that fails."""
 
     result: Result
     raw: Path | None
     on_measurement: Callable[[str, int], None] | None = None
+
+    def numbers(self) -> Iterator[int]:
+        """0, 1, 2 ... while there is time."""
+        deadline = time.monotonic() + self.result.settings.budget
+        for number in range(self.result.settings.rounds):
+            if time.monotonic() > deadline:
+                return
+            yield number
 
     def run(self, servers: dict[str, Server], number: int) -> None:
         measured: dict[str, Measurement] = {}
@@ -317,7 +337,7 @@ def run_row(
     ``raw`` gets one JSON line per measurement. ``on_measurement(peer, round)`` is called before each one.
     """
     result = Result(row, settings, Placement.choose())
-    rounds = Round(result, raw, on_measurement)
+    rounds = Rounds(result, raw, on_measurement)
     peers = [peer for name in names if (peer := usable(name, result.failures))]
     if row.needs_new_servers:
         run_with_new_servers(peers, rounds)
@@ -334,7 +354,7 @@ def usable(name: str, failures: dict[str, str]) -> Peer | None:
     return peer
 
 
-def run_with_standing_servers(peers: Sequence[Peer], rounds: Round) -> None:
+def run_with_standing_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
     """Each server runs for the whole row."""
     result = rounds.result
     servers: dict[str, Server] = {}
@@ -345,14 +365,14 @@ def run_with_standing_servers(peers: Sequence[Peer], rounds: Round) -> None:
                 servers[peer.name] = stack.enter_context(server)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)
-        for number in range(result.settings.rounds):
+        for number in rounds.numbers():
             rounds.run(servers, number)
 
 
-def run_with_new_servers(peers: Sequence[Peer], rounds: Round) -> None:
+def run_with_new_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
     """Each server is started anew for each round."""
     result = rounds.result
-    for number in range(result.settings.rounds):
+    for number in rounds.numbers():
         measured: dict[str, Measurement] = {}
         result.rounds.append(measured)
         for peer in peers:

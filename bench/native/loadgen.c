@@ -51,8 +51,11 @@ enum {
     /* Above this, bytes that nobody looks at are dropped in the kernel (MSG_TRUNC): the copy would be the load
      * generator's cost, and on shared caches the server's as well. */
     TRUNCATE_ABOVE = 2048,
-    /* A receive that isn't checked is polled this often during a storm's dials. */
-    STORM_POLL_EVERY = 64,
+    /* While connections are opened, answers are collected this often. */
+    DIALS_PER_POLL = 64,
+    /* No more connections than this may wait for the server: an accept queue that runs over drops handshakes,
+     * and what is measured then is TCP's retransmission timers. */
+    UNSERVED = 1024,
     SETTLE_MICROSECONDS = 600000,
     EXTRA_SECONDS = 30,
 };
@@ -263,7 +266,7 @@ struct connection {
     int sent, received; /* of the request under way */
     uint64_t begun;
     uint8_t wants_out;
-    uint8_t served; /* something came back since it was opened */
+    uint8_t served; /* its first request was answered */
 };
 
 static struct connection *connections;
@@ -320,12 +323,6 @@ static void dial(int index)
     epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
 
-static void dial_all(void)
-{
-    for (int i = 0; i < options.connections; i++)
-        dial(i);
-}
-
 static void want_out(struct connection *connection, int wanted)
 {
     if (connection->wants_out == wanted)
@@ -348,10 +345,8 @@ static size_t receive(struct connection *connection, size_t wanted, int drop_byt
 {
     size_t length = wanted < RECEIVE_SIZE ? wanted : RECEIVE_SIZE;
     ssize_t count = recv(connection->fd, received_bytes, length, drop_bytes ? MSG_TRUNC : 0);
-    if (count > 0) {
-        mark_served(connection);
+    if (count > 0)
         return (size_t)count;
-    }
     if (count < 0 && errno == EAGAIN)
         return 0;
     if (count == 0)
@@ -455,6 +450,10 @@ static void begin_request(struct connection *connection, uint64_t time)
     send_request(connection);
 }
 
+/* Nobody sends a second request before everybody's first is answered: libuv accepts one connection per turn, and
+ * if each turn also serves all those accepted so far, opening n of them costs n * n / 2 echoes. */
+static int repeating;
+
 static void receive_echo(struct connection *connection)
 {
     int drop_bytes = !options.verify && options.size > TRUNCATE_ABOVE;
@@ -469,25 +468,41 @@ static void receive_echo(struct connection *connection)
         histogram[step_of(time - connection->begun)]++;
         measured.requests++;
         measured.bytes += (uint64_t)options.size;
-        begin_request(connection, time);
+        mark_served(connection);
+        if (repeating)
+            begin_request(connection, time);
+    }
+}
+
+static void serve_echoes(int timeout)
+{
+    struct epoll_event events[EVENTS_PER_WAIT];
+    int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, timeout);
+    for (int i = 0; i < count; i++) {
+        struct connection *connection = events[i].data.ptr;
+        if (events[i].events & EPOLLOUT)
+            send_request(connection);
+        if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+            receive_echo(connection);
     }
 }
 
 static void run_echo(void)
 {
-    struct epoll_event events[EVENTS_PER_WAIT];
+    for (int i = 0; i < options.connections; i++) {
+        while (i - served >= UNSERVED)
+            serve_echoes(50);
+        dial(i);
+        begin_request(&connections[i], now());
+    }
+    while (served < options.connections)
+        serve_echoes(50);
+    repeating = 1;
     for (int i = 0; i < options.connections; i++)
         begin_request(&connections[i], now());
-    while (!measure(now(), served == options.connections)) {
-        int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, 50);
-        for (int i = 0; i < count; i++) {
-            struct connection *connection = events[i].data.ptr;
-            if (events[i].events & EPOLLOUT)
-                send_request(connection);
-            if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-                receive_echo(connection);
-        }
-    }
+    plan_measurement();
+    while (!measure(now(), 1))
+        serve_echoes(50);
 }
 
 /* ---- source: the server sends ---- */
@@ -507,13 +522,17 @@ static void run_source(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++) {
+        dial(i);
         if (send(connections[i].fd, "g", 1, MSG_NOSIGNAL) != 1)
             stop(CANT_SEND, "send");
     }
+    plan_measurement();
     while (!measure(now(), served == options.connections)) {
         int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, 50);
         for (int i = 0; i < count; i++) {
             size_t length = receive(events[i].data.ptr, RECEIVE_SIZE, !options.verify);
+            if (length)
+                mark_served(events[i].data.ptr);
             if (options.verify)
                 check_source(length);
             measured.bytes += length;
@@ -535,6 +554,9 @@ static void send_chunk(struct connection *connection)
 static void run_sink(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
+    for (int i = 0; i < options.connections; i++)
+        dial(i);
+    plan_measurement();
     if (options.connections == 1)
         fcntl(connections[0].fd, F_SETFL, 0); /* one connection: a blocking send needs no epoll */
     for (int i = 0; i < options.connections; i++)
@@ -566,6 +588,9 @@ static void sleep_towards(uint64_t due)
  * result says so; what wasn't sent in time is still sent, at once. */
 static void run_paced_sink(void)
 {
+    for (int i = 0; i < options.connections; i++)
+        dial(i);
+    plan_measurement();
     uint64_t begun = now(), chunks = 0;
     const double nanoseconds_per_chunk = 1e9 * options.size / options.rate;
     struct connection *connection = NULL;
@@ -596,8 +621,10 @@ static void collect_storm_echoes(int timeout)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, timeout);
-    for (int i = 0; i < count; i++)
-        receive(events[i].data.ptr, 16, 0);
+    for (int i = 0; i < count; i++) {
+        if (receive(events[i].data.ptr, 16, 0))
+            mark_served(events[i].data.ptr);
+    }
 }
 
 static void run_storm(void)
@@ -606,10 +633,12 @@ static void run_storm(void)
     struct usage before = server_usage();
     uint64_t begun = now();
     for (int i = 0; i < options.connections; i++) {
+        while (i - served >= UNSERVED)
+            collect_storm_echoes(100);
         dial(i);
         if (send(connections[i].fd, pattern, 1, MSG_NOSIGNAL) != 1)
             stop(CANT_SEND, "send");
-        if (i % STORM_POLL_EVERY == STORM_POLL_EVERY - 1)
+        if (i % DIALS_PER_POLL == 0)
             collect_storm_echoes(0);
     }
     while (served < options.connections)
@@ -641,8 +670,6 @@ int main(int argc, char **argv)
         run_storm();
         return 0;
     }
-    dial_all();
-    plan_measurement();
     if (!strcmp(options.mode, "echo"))
         run_echo();
     else if (!strcmp(options.mode, "source"))
