@@ -91,6 +91,7 @@ cdef class Driver:
     cdef list unchecked              # ended since the last check of references
     cdef list faults
     cdef int next_token
+    cdef bint delivering
     cdef object __weakref__
 
     def __init__(self, Engine engine not None, *, bint hold=False):
@@ -132,7 +133,6 @@ cdef class Driver:
             self.fault(request, "the engine took no reference to the owner")
         if request.active and not silent and request.operation.state == IDLE:
             self.fault(request, "idle after submit")
-        self.check()
         return request.token
 
     def receive(self, int fd):
@@ -195,7 +195,6 @@ cdef class Driver:
         self.engine.cancel_now(&request.operation)
         if request.operation.state != ENDING:
             self.fault(request, f"{STATES[request.operation.state]} after cancel_now")
-        self.check()
 
     def state(self, int token):
         """"idle", "in flight", "parked", "suspended" or "ending"."""
@@ -228,7 +227,11 @@ cdef class Driver:
 
     def deliver(self):
         """Delivers what is queued; returns the records that nobody has taken yet."""
-        self.engine.deliver()
+        self.delivering = True
+        try:
+            self.engine.deliver()
+        finally:
+            self.delivering = False
         self.check()
         records, self.records = self.records, []
         return records
@@ -330,8 +333,10 @@ cdef class Driver:
         return 0
 
     cdef int check(self) except -1:
-        """Raises what the engine did wrong; called when none of its code runs."""
+        """Raises what the engine did wrong, at the end of a turn: no code of the engine's runs then."""
         cdef Request request
+        if self.delivering:
+            return 0
         while self.unchecked:
             request = self.unchecked.pop()
             # Ours now: `ended` (unless it's full) in place of `requests`, and the variable.
