@@ -70,6 +70,7 @@ cdef class StreamTransport(Endpoint):
     cdef bint protocol_paused
     cdef bint closing
     cdef bint ending               # nothing more to do but to let operations end
+    cdef bint finishing            # from now on the last operation's end schedules connection_lost
     cdef bint finished             # connection_lost is scheduled
     cdef bint eof_written          # by write_eof
     cdef bint shut                 # the FIN is out
