@@ -214,7 +214,7 @@ cdef class BufferPool:
         }
 
     def report(self):
-        """The leases under observation that are alive, not released: a list of ``(site, size)``, oldest first.
+        """The observed leases that are alive, not released: a list of ``(site, size)``, oldest first.
 
         ``site`` says in words where the lease was made and last used, innermost frame first; ``size`` is in
         bytes.
