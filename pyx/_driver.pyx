@@ -16,7 +16,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 
 from headrace._engine cimport (
-    ACCEPT, ALL, ENDING, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
+    ACCEPT, ALL, CANCELLED, ENDING, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
     Completion, Endpoint, Engine, Operation,
 )
 
@@ -42,9 +42,14 @@ cdef enum:
 KINDS = {RECEIVE: "receive", SEND: "send", ACCEPT: "accept", POLL: "poll"}
 STATES = {IDLE: "idle", IN_FLIGHT: "in flight", PARKED: "parked", SUSPENDED: "suspended", ENDING: "ending"}
 
-Record = collections.namedtuple("Record", "token kind result more data lease")
-Record.__doc__ = """One completion: the request's token and kind ("receive", "send", "accept", "poll"), the result (bytes, a
-descriptor or -errno), whether more will follow, the received bytes, and the lease on them when leases are held."""
+
+class Record(collections.namedtuple("Record", "token kind result more data lease")):
+    """One completion: the request's token and kind ("receive", "send", "accept", "poll"), the result (bytes, a
+    descriptor or -errno), whether more will follow, the received bytes, and the lease on them when leases are held."""
+    __slots__ = ()
+
+    def __repr__(self):
+        return f"<{self.kind} {self.token}: {self.result}{', more' if self.more else ''}>"
 
 
 cdef class Request(Endpoint):
@@ -73,6 +78,9 @@ cdef class Driver:
     ----------
     engine : Engine
         Started and stopped by the caller, who also closes it.
+    again : bool
+        Submit receives and accepts anew, under the same token, when they end with a success that nobody asked for. A
+        multishot operation may do so at any time, and every endpoint must reckon with it.
     hold : bool
         Keep received bytes leased: each record then has its ``lease``, and whoever holds the record holds the memory.
 
@@ -82,7 +90,7 @@ cdef class Driver:
     Not thread-safe.
     """
     cdef readonly Engine engine
-    cdef public bint hold
+    cdef public bint hold, again
     cdef public object on_completion
     cdef readonly list silent
     cdef list records
@@ -94,8 +102,9 @@ cdef class Driver:
     cdef bint delivering
     cdef object __weakref__
 
-    def __init__(self, Engine engine not None, *, bint hold=False):
+    def __init__(self, Engine engine not None, *, bint hold=False, bint again=True):
         self.engine = engine
+        self.again = again
         self.hold = hold
         self.on_completion = None
         self.silent = []
@@ -303,6 +312,8 @@ cdef class Driver:
         self.records.append(record)
         if not more:
             self.finish(request)
+            if self.again and goes_on(&request.operation, result):
+                self.submit(request)
         if self.on_completion is not None:
             self.on_completion(record)
         return 0
@@ -346,6 +357,13 @@ cdef class Driver:
             faults, self.faults = self.faults, []
             raise AssertionError("; ".join(faults))
         return 0
+
+
+cdef bint goes_on(Operation *operation, int result) noexcept:
+    """Whether a multishot operation has ended without a reason."""
+    if operation.flags & CANCELLED:
+        return False
+    return (operation.kind == RECEIVE and result > 0) or (operation.kind == ACCEPT and result >= 0)
 
 
 cdef object judge(Request request, Completion *completion):

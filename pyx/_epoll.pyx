@@ -577,6 +577,7 @@ cdef class EpollEngine(Engine):
         for i in range(self.parked_length):
             if self.parked[i] == operation:
                 self.parked_length -= 1
+                self.pool.starving = self.parked_length > 0
                 memmove(self.parked + i, self.parked + i + 1, (self.parked_length - i) * sizeof(Operation *))
                 return
 

@@ -20,8 +20,9 @@ class Request(Endpoint):
 
 class Driver:
     hold: bool
+    again: bool
     on_completion: Callable[[Record], object] | None
-    def __init__(self, engine: Engine, *, hold: bool = False) -> None: ...
+    def __init__(self, engine: Engine, *, hold: bool = False, again: bool = True) -> None: ...
     @property
     def engine(self) -> Engine: ...
     @property
