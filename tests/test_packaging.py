@@ -50,7 +50,13 @@ def test_sdist_has_every_source(sdist):
         ".ci/setup",
         ".ci/run",
     }
-    for folder, pattern in (("pyx", "*.pyx"), ("pyx", "*.h"), ("python", "**/*.p*"), ("docs", "*.md")):
+    for folder, pattern in (
+        ("pyx", "*.pyx"),
+        ("pyx", "*.h"),
+        ("python", "**/*.p[xy]*"),
+        ("python", "**/py.typed"),
+        ("docs", "*.md"),
+    ):
         wanted |= {
             str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern) if path.suffix != ".pyc"
         }
@@ -59,7 +65,7 @@ def test_sdist_has_every_source(sdist):
 
 
 def test_sdist_has_nothing_that_was_built(sdist):
-    assert [name for name in sdist if re.search(r"\.(so|pyc|c|o)$|__pycache__|_build/", name)] == []
+    assert [name for name in sdist if re.search(r"\.(so|pyc|o)$|^pyx/.*\.c$|__pycache__|_build/", name)] == []
 
 
 def test_every_cython_module_is_built_for_this_python():
