@@ -58,6 +58,7 @@ cdef enum:
 
 cdef double PRUNE_FRACTION = 0.5
 cdef double LONGEST_WAIT = 24 * 3600.0
+cdef double IDLE_SECOND = 1.0
 
 
 cdef inline object call_site():
@@ -313,7 +314,7 @@ cdef class LoopCore:
         self.prune_timers()
         if self.dirty:
             self.flush_marked()
-        engine.wait(self.next_timeout())
+        self.wait(self.next_timeout())
         engine.deliver()
         if self.watch.ready:
             self.run_selector()
@@ -349,6 +350,17 @@ cdef class LoopCore:
             timeout = (<TimerHandle>self._scheduled[0])._when - self.clock()
             return 0 if timeout < 0 else min(timeout, LONGEST_WAIT)
         return -1
+
+    cdef int wait(self, double timeout) except -1:
+        """Waits for completions. A pool that has grown makes a long wait be a second, and shrinks after an idle one."""
+        cdef Engine engine = self.engine
+        cdef bint grown = engine.pool.allocated > engine.pool.target
+        if grown and (timeout < 0 or timeout > IDLE_SECOND):
+            engine.wait(IDLE_SECOND)
+            if engine.first == engine.last:
+                engine.pool.trim()
+            return 0
+        return engine.wait(timeout)
 
     cdef int run_selector(self) except -1:
         self.watch.ready = False

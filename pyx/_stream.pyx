@@ -310,7 +310,7 @@ cdef class StreamTransport(Endpoint):
             return self.call(self.received, item, "lease_received")
         if self.kind == BUFFERED:
             try:
-                return self.pass_buffered(block, data, size)
+                return self.pass_buffered(data, size)
             finally:
                 self.engine.pool.drop(block)
         try:
@@ -333,7 +333,7 @@ cdef class StreamTransport(Endpoint):
             PyContext_Exit(self.context)
         return 0
 
-    cdef int pass_buffered(self, Block *block, char *data, Py_ssize_t size) except -1:
+    cdef int pass_buffered(self, char *data, Py_ssize_t size) except -1:
         """Copies into the protocol's buffers, as many as it takes. What it doesn't want any more (paused, closed,
         or another protocol has taken over) is held."""
         cdef Py_buffer view
@@ -391,17 +391,22 @@ cdef class StreamTransport(Endpoint):
     cdef int schedule_held(self) except -1:
         if self.held is not None and not self.held_scheduled and not self.paused and not self.closing:
             self.held_scheduled = True
-            self.loop.call_soon(self._pass_held, context=self.context)
+            # In a copy of the context: the callbacks below enter the transport's own, as always.
+            self.loop.call_soon(self._pass_held)
         return 0
 
     def _pass_held(self):
         self.held_scheduled = False
-        # Left for a moment: pass_on and fatal enter the transport's context themselves.
-        PyContext_Exit(self.context)
-        try:
-            self.pass_held()
-        finally:
-            PyContext_Enter(self.context)
+        self.pass_held()
+
+    cdef int drop_held(self) except -1:
+        cdef object item
+        if self.held is not None:
+            for item in self.held:
+                if type(item) is Lease:
+                    item.release()
+            self.held = None
+        return 0
 
     cdef int pass_held(self) except -1:
         cdef Lease lease
@@ -414,11 +419,14 @@ cdef class StreamTransport(Endpoint):
                 self.call(self.received, item, "lease_received")
             elif self.kind == BUFFERED:
                 lease = item
-                self.pass_buffered(NULL, <char *>lease.data, lease.size)
+                self.pass_buffered(<char *>lease.data, lease.size)
+                lease.release()
             else:
                 if self.received is None:
                     self.received = self.protocol.data_received
-                self.call(self.received, bytes(item), "data_received")
+                data = bytes(item)
+                item.release()
+                self.call(self.received, data, "data_received")
         if not self.held:
             self.held = None
         self.schedule_held()
@@ -606,7 +614,8 @@ cdef class StreamTransport(Endpoint):
     cdef void sent_silently(self, Operation *operation) noexcept:
         self.consume(self.sending)
         self.sending = 0
-        if self.first is not None or self.closing or self.eof_written or self.protocol_paused:
+        if (self.first is not None or self.closing or self.eof_written or self.protocol_paused
+                or self.empty_waiter is not None):
             # Something has come to depend on this send since it was submitted.
             if not self.marked:
                 self.marked = True
@@ -708,7 +717,7 @@ cdef class StreamTransport(Endpoint):
         if self.closing or self.eof_written:
             return
         self.eof_written = True
-        if self.first is None:
+        if self.first is None and not self.protocol_paused:
             self.drained()
         elif not self.marked and self.send.state == IDLE:
             self.marked = True
@@ -788,7 +797,7 @@ cdef class StreamTransport(Endpoint):
         if self.closing:
             return
         self.closing = True
-        self.held = None
+        self.drop_held()
         if self.first is None:
             self.lost += 1
             self.end()
@@ -837,7 +846,7 @@ cdef class StreamTransport(Endpoint):
             return 0
         self.closing = True
         self.lost += 1
-        self.held = None
+        self.drop_held()
         self.error = exc
         if self.send.state == IDLE:
             self.drop_queue()

@@ -247,6 +247,7 @@ cdef int probe(Ring ring) except -1:
 
 
 @cython.final
+@cython.no_gc_clear    # the pool must outlive the ring, whose kernel side writes to it
 cdef class UringEngine(Engine):
     """Completions from io_uring (Linux 6.0 or newer; 6.12 or newer for incremental buffers).
 
@@ -325,6 +326,8 @@ cdef class UringEngine(Engine):
             self.pool = BufferPool() if incremental else BufferPool(block_size=32768, target=64, maximum=2048)
         self.pool.wake_fd = self.wake_fd
         self.replenish()
+        if not self.pool.posted:
+            raise MemoryError(f"no memory for a receive buffer of {self.pool.block_size} bytes")
         return 0
 
     cpdef stop(self):
@@ -413,7 +416,7 @@ cdef class UringEngine(Engine):
             if block.posted:
                 block.posted = False
                 self.pool.drop(block)
-        self.posted = 0
+        self.pool.posted = 0
         return 0
 
     # ---- slots and SQEs -------------------------------------------------------------------------------------
@@ -564,14 +567,14 @@ cdef class UringEngine(Engine):
     cdef void replenish(self) noexcept:
         """Keeps `target` blocks posted."""
         cdef Block *block
-        while self.posted < self.pool.target:
+        while self.pool.posted < self.pool.target:
             block = self.pool.take()
             if block == NULL:
                 return
             block.offset = 0
             block.posted = True
             hr_bufs_post(&self.ring.raw, block.memory, block.size, block.index)
-            self.posted += 1
+            self.pool.posted += 1
 
     cdef int park(self, Operation *operation) except -1:
         if self.parked_length == self.parked_capacity:
@@ -586,14 +589,14 @@ cdef class UringEngine(Engine):
         """Re-arms as many parked receives as the posted blocks can serve."""
         cdef int i, n
         self.replenish()
-        n = min(self.parked_length, self.posted * REARM_PER_BLOCK)
+        n = min(self.parked_length, self.pool.posted * REARM_PER_BLOCK)
         for i in range(n):
             self.begin(self.parked[i])
         self.parked_length -= n
         if n and self.parked_length:
             memmove(self.parked, self.parked + n, self.parked_length * sizeof(Operation *))
         # With nothing posted, a returned block wakes the loop.
-        self.pool.starving = self.parked_length > 0 and self.posted == 0
+        self.pool.starving = self.parked_length > 0 and self.pool.posted == 0
         return 0
 
     # ---- a turn ---------------------------------------------------------------------------------------------
@@ -627,7 +630,7 @@ cdef class UringEngine(Engine):
         self.waits += 1
         if self.parked_length:
             self.unpark()
-        elif self.posted < self.pool.target:
+        elif self.pool.posted < self.pool.target:
             self.replenish()
         if not self.wake_armed:
             self.arm_wake()
@@ -684,7 +687,7 @@ cdef class UringEngine(Engine):
             if not flags & HR_CQE_F_BUF_MORE:
                 # The kernel is done with the block; its replacement goes out before anyone sees these bytes.
                 block.posted = False
-                self.posted -= 1
+                self.pool.posted -= 1
                 self.replenish()
                 self.pool.drop(block)
             if result <= 0:
@@ -763,10 +766,9 @@ cdef class UringEngine(Engine):
         c_write(self.wake_fd, &one, 8)
 
     def stats(self):
-        """Counters, as a dict of int: those of every engine, and posted, overflows and no_buffers."""
+        """Counters, as a dict of int: those of every engine, and overflows, no_buffers and in_flight."""
         return Engine.stats(self) | {
-            "posted": self.posted, "overflows": self.overflows, "no_buffers": self.no_buffers,
-            "in_flight": self.in_flight,
+            "overflows": self.overflows, "no_buffers": self.no_buffers, "in_flight": self.in_flight,
         }
 
 

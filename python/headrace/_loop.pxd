@@ -44,5 +44,6 @@ cdef class LoopCore:
     cdef double next_timeout(self) except? -2
     cdef int prune_timers(self) except -1
     cdef int run_selector(self) except -1
+    cdef int wait(self, double timeout) except -1
     cdef add_timer(self, double when, callback, tuple args, context, str method)
     cdef run_watched(self, handle)

@@ -83,12 +83,13 @@ cdef class StreamTransport(Endpoint):
     cdef int arm(self) except -1
     cdef int on_receive(self, Completion *completion) except -1
     cdef int pass_on(self, Block *block, char *data, Py_ssize_t size) except -1
-    cdef int pass_buffered(self, Block *block, char *data, Py_ssize_t size) except -1
+    cdef int pass_buffered(self, char *data, Py_ssize_t size) except -1
     cdef Lease make_lease(self, Block *block, char *data, Py_ssize_t size)
     cdef int call(self, object function, object argument, str name) except -1
     cdef int hold(self, Completion *completion) except -1
     cdef int schedule_held(self) except -1
     cdef int pass_held(self) except -1
+    cdef int drop_held(self) except -1
     cdef int on_end(self, int32_t result) except -1
     cdef int on_eof(self) except -1
     cdef object check_item(self, object data)

@@ -63,7 +63,6 @@ cdef class UringEngine(Engine):
     cdef int parked_length, parked_capacity
     cdef Operation **suspended
     cdef int suspended_length, suspended_capacity
-    cdef int posted              # blocks in the kernel's hands
     cdef int wake_fd
     cdef uint64_t wake_value     # what the kernel reads the eventfd into
     cdef bint wake_armed

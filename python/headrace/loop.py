@@ -123,6 +123,12 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         self._engine_start(EpollEngine(self._pool))
         self._reason = asked_by
 
+    def _need_engine(self) -> None:
+        """Transports may be made before the loop first runs; they want to know their engine."""
+        if self._engine is None:
+            self._start_engine()
+            self._engine_stop()
+
     def _new_uring(self) -> UringEngine:
         return UringEngine(
             self._pool, ring_entries=self._ring_entries, completion_entries=self._completion_entries
@@ -195,6 +201,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         server: Any = None,
     ) -> StreamTransport:
         self._ensure_fd_no_transport(sock)
+        self._need_engine()
         return StreamTransport(self, sock, protocol, waiter, extra, server)
 
     def _make_ssl_transport(
@@ -223,6 +230,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
+        self._need_engine()
         StreamTransport(self, rawsock, tls, None, extra, server)
         return tls._app_transport
 
@@ -240,6 +248,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
     ) -> None:
+        self._need_engine()
         self._listeners[sock.fileno()] = Listener(
             self, protocol_factory, sock, sslcontext, server, (ssl_handshake_timeout, ssl_shutdown_timeout)
         )
