@@ -188,7 +188,7 @@ def _heading(svg: _Svg, result: RunResult) -> None:
 def _draw_throughput(svg: _Svg, result: RunResult, ends: list[float], seconds: float) -> None:
     rates = [interval.throughput for interval in result.recorder.intervals]
     target = result.options.rate
-    ticks = _linear_ticks(max([*rates, target or 0.0]) * 8)
+    ticks = _linear_ticks(max([*rates, target or 0.0]) * 8 * 1.05)
     panel = _Panel(svg, 188, 140, seconds, "throughput", ticks, lambda bits: format_rate(bits / 8))
     panel.plot(ends, [rate * 8 for rate in rates], _BLUE, filled=True)
     if target is not None:
