@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace._engine import Engine
 from headrace._epoll import EpollEngine
@@ -51,6 +52,14 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
     may be in another thread. Like asyncio's own, the loop isn't thread-safe but for ``call_soon_threadsafe``.
     """
 
+    if TYPE_CHECKING:
+        # asyncio's own; typeshed leaves it out.
+        _csock: socket.socket | None
+        _ssock: socket.socket | None
+        _signal_handlers: dict[int, asyncio.Handle]
+
+        def _check_running(self) -> None: ...
+
     def __init__(
         self,
         engine: str | Engine | None = None,
@@ -87,11 +96,11 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
     def stats(self) -> dict[str, Any]:
         """Counters of the loop, its engine and its pool. Cheap: nothing is computed but the dicts."""
         engine = self._engine
-        running = engine is not None and engine.pool is not None
+        pool = None if engine is None else engine.pool
         return {
             "turns": self.turns,
-            "engine": engine.stats() if engine is not None else {},
-            "pool": engine.pool.stats() if running else {},
+            "engine": {} if engine is None else engine.stats(),
+            "pool": {} if pool is None else pool.stats(),
         }
 
     def _start_engine(self) -> None:
@@ -151,7 +160,11 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
     def _hear_signals(self) -> None:
         """Lets a signal that another thread receives end this thread's wait."""
         if threading.current_thread() is threading.main_thread():
-            self._previous_wakeup_fd = signal.set_wakeup_fd(self._csock.fileno(), warn_on_full_buffer=False)
+            self._previous_wakeup_fd = signal.set_wakeup_fd(self._wakeup_fd(), warn_on_full_buffer=False)
+
+    def _wakeup_fd(self) -> int:
+        assert self._csock is not None  # only a closed loop has none
+        return self._csock.fileno()
 
     def _unhear_signals(self) -> None:
         previous, self._previous_wakeup_fd = self._previous_wakeup_fd, None
@@ -165,7 +178,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         """See :meth:`asyncio.loop.remove_signal_handler`."""
         removed = super().remove_signal_handler(sig)
         if removed and self._previous_wakeup_fd is not None:
-            signal.set_wakeup_fd(self._csock.fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._wakeup_fd(), warn_on_full_buffer=False)
         return removed
 
     def close(self) -> None:
@@ -224,10 +237,10 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
             self,
             protocol,
             sslcontext,
-            waiter,
+            waiter,  # type: ignore[arg-type]  # may be None, and a float below: typeshed errs
             server_side,
             server_hostname,
-            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_handshake_timeout=ssl_handshake_timeout,  # type: ignore[arg-type]
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
         self._need_engine()
@@ -257,7 +270,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         listener = self._listeners.pop(sock.fileno(), None)
         if listener is not None:
             listener.stop()
-        super()._stop_serving(sock)
+        super()._stop_serving(sock)  # type: ignore[misc]
 
     async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
         reading = transp.is_reading()
