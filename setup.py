@@ -22,6 +22,7 @@ MODULES = (
     "_engine",
     "_uring",
     "_epoll",
+    "_virtual",
     "_simulated",
     "_driver",
     "_model",

@@ -354,7 +354,8 @@ cdef class LoopCore:
     cdef int wait(self, double timeout) except -1:
         """Waits for completions. A pool that has grown makes a long wait be a second, and shrinks after an idle one."""
         cdef Engine engine = self.engine
-        cdef bint grown = engine.pool.allocated > engine.pool.target
+        # What trim() would give back: a loop that has nothing to give back isn't woken.
+        cdef bint grown = engine.pool.free > engine.pool.target
         if grown and (timeout < 0 or timeout > IDLE_SECOND):
             engine.wait(IDLE_SECOND)
             if engine.first == engine.last:

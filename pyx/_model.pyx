@@ -23,11 +23,11 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memset
 
 from headrace._engine cimport (
-    ACCEPT, ALL, IDLE, IN_FLIGHT, MORE, PARKED, RECEIVE, SEND, SILENT, SUSPENDED, Completion, Endpoint, Engine,
-    Operation,
+    ACCEPT, ALL, IDLE, IN_FLIGHT, MORE, PARKED, RECEIVE, SEND, SILENT, SUSPENDED, Completion, Endpoint, Operation,
 )
 from headrace._pool cimport Block
-from headrace._simulated cimport SeededRandom, SimulatedEngine
+from headrace._simulated cimport SimulatedEngine
+from headrace._virtual cimport SeededRandom
 
 cdef extern from "<errno.h>":
     enum: EAGAIN, ECANCELED, EMFILE

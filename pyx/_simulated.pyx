@@ -4,13 +4,10 @@ Theory of operation
 -------------------
 * Behind the engine contract lies a virtual kernel with io_uring's manners: submissions are executed at the next
   "enter", completions go through a small completion queue with an overflow list, multishot operations end when they
-  like, a receive without a buffer ends with ENOBUFS, a pending socket error is told to one caller only.
-* Behind the kernel lies a virtual network. A connection is two `Pipe`s; bytes cross them in segments, FIN comes
-  after the last byte, RST whenever the seed says so.
-* Time is virtual: ``wait`` never sleeps but jumps to the next event or to its deadline, and each turn costs a little
-  time, so that a loop that spins still sees the world move. With nothing to wait for, ``wait`` raises `Deadlock`.
-* A seed first draws the *world* (buffer sizes, segment size, queue sizes, and how likely each fault is: "swarm
-  testing", Groce 2012), then each single decision. The same seed, script and version give the same run.
+  like, a receive without a buffer ends with ENOBUFS, a cancelled operation may succeed first.
+* Behind the kernel lies a virtual network, with a clock of its own: see ``_virtual``.
+* ``wait`` never sleeps but jumps to the next event or to its deadline, and each turn costs a little virtual time, so
+  that a loop that spins still sees the world move. With nothing to wait for, ``wait`` raises `Deadlock`.
 * What no endpoint may do is a `ContractViolation`: an operation on a closed descriptor, two sends in flight on one
   socket, a descriptor closed under its operations, memory that changes while it is being sent, a wrong reference
   count on a block. It is raised at once where that's possible and again at each later step, since
@@ -18,24 +15,25 @@ Theory of operation
 
 Virtual descriptors start at 2**24, beyond what any kernel hands out: a real system call on one fails with EBADF.
 """
-import collections
-import errno as errno_module
-import os
-
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove
 
 from headrace._engine cimport (
-    ACCEPT, ALL, CANCELLED, ENDING, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
-    Completion, Endpoint, Engine, Operation,
+    ACCEPT, ALL, CANCELLED, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
+    Endpoint, Engine, Operation,
 )
 from headrace._pool cimport Block, BufferPool
+from headrace._virtual cimport (
+    CANCEL, FIRST_DESCRIPTOR, NO_SLOT, WORK, Event, Pipe, SeededRandom, Socket, VirtualWorld, grow,
+)
 
+from headrace._virtual import Deadlock
+from headrace._virtual import NO_FAULTS  # no-cython-lint: for those who import it from here
 from headrace.errors import EngineError
 
 cdef extern from *:
@@ -48,6 +46,7 @@ cdef extern from *:
         struct pollfd p = { fd, POLLIN, 0 };
         return poll(&p, 1, milliseconds) == 1;
     }
+    static void headrace_pause(int milliseconds) { poll(NULL, 0, milliseconds); }
     """
     struct iovec:
         void *iov_base
@@ -55,16 +54,14 @@ cdef extern from *:
     struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
-    enum: EAGAIN, EBADF, ECANCELED, ECONNRESET, EMFILE, ENOBUFS, EPIPE
+    enum: EAGAIN, ECANCELED, ECONNRESET, EMFILE, ENOBUFS, EPIPE
     int headrace_readable(int fd, int milliseconds) nogil
+    void headrace_pause(int milliseconds) nogil
 
 cdef enum:
-    NO_SLOT = 0xffffffff
-    FIRST_DESCRIPTOR = 1 << 24
     RECEIVE_LIMIT = 64 * 1024     # one completion brings at most this much
     REARM_PER_BLOCK = 4           # as in the io_uring engine
-    TRACE_LENGTH = 4000
-    EVENT_LIMIT = 1 << 20         # events on their way; a runaway simulation ends with an error
+    PATIENCE_STEP = 5             # real milliseconds between two looks at the real world
 
 cdef enum:
     # Stages of an operation within the virtual kernel.
@@ -74,16 +71,6 @@ cdef enum:
     DONE = 3         # its terminal completion is in the completion queue or in the overflow list
 
 cdef enum:
-    # Events.
-    SEGMENT = 1      # bytes of a Pipe arrive
-    FINISH = 2       # its FIN arrives
-    ARRIVAL = 3      # a connection reaches a listener's backlog
-    RESET = 4        # RST reaches a Socket
-    FAULT = 5        # the network resets a connection
-    WORK = 6         # an operation may make progress
-    CANCEL = 7       # a cancel request reaches its operation
-
-cdef enum:
     # Bugs that can be planted in this engine, to see that the oracles still catch them.
     PLANT_PARKED_STAY = 1
     PLANT_OVERFLOW_IGNORED = 2
@@ -91,166 +78,6 @@ cdef enum:
 PLANTS = {"parked-receives-stay-parked": PLANT_PARKED_STAY, "overflow-ignored": PLANT_OVERFLOW_IGNORED}
 
 cdef dict KIND_NAMES = {RECEIVE: "receive", SEND: "send", ACCEPT: "accept", POLL: "poll"}
-
-
-class SimulationFailure(AssertionError):
-    """What a simulation found; the text ends with the seed that replays it."""
-
-    def __init__(self, text, seed):
-        super().__init__(f"{text} [seed {seed}]")
-        self.seed = seed
-
-
-class ContractViolation(SimulationFailure):
-    """Somebody broke a rule of the engine contract."""
-
-
-class Deadlock(SimulationFailure):
-    """Nothing can happen any more, and somebody waits without a limit."""
-
-
-class Faults:
-    """How hard the world is: probabilities from 0 to 1, and two times in seconds.
-
-    ==================  ==============================================================================
-    short_receive       a receive brings fewer bytes than are there
-    short_send          a send takes fewer bytes than there is room for
-    no_buffers          a receive ends with ENOBUFS although a block is posted
-    accept_limit        an accept ends with EMFILE
-    reset               a connection is reset by the network at some time
-    overflow            a completion goes to the overflow list although there is room
-    cancel_race         a cancelled operation succeeds first
-    early_end           a multishot operation ends, for no reason, with a success that lacks MORE
-    would_block         a silent send is told EAGAIN although there is room
-    latency             the most a segment takes to arrive
-    delay               the most a completion takes to come
-    ==================  ==============================================================================
-    """
-
-    NAMES = ("short_receive", "short_send", "no_buffers", "accept_limit", "reset", "overflow", "cancel_race",
-             "early_end", "would_block", "latency", "delay")
-
-    def __init__(self, **values):
-        for name in self.NAMES:
-            setattr(self, name, float(values.pop(name, 0.0)))
-        if values:
-            raise TypeError(f"there is no fault {', '.join(values)}")
-
-    def __repr__(self):
-        return "Faults(" + ", ".join(f"{name}={getattr(self, name):g}" for name in self.NAMES) + ")"
-
-    def replace(self, **values):
-        """A copy with some values changed."""
-        return Faults(**({name: getattr(self, name) for name in self.NAMES} | values))
-
-
-NO_FAULTS = Faults(latency=50e-6)
-
-
-@cython.final
-cdef class SeededRandom:
-    """Random numbers that are the same for a seed on every machine and in every version (splitmix64).
-
-    Parameters
-    ----------
-    seed : int
-        Any integer; taken modulo 2**64.
-    """
-
-    def __init__(self, seed):
-        self.state = <uint64_t>(int(seed) & 0xffffffffffffffff)
-
-    cdef uint64_t next(self) noexcept:
-        cdef uint64_t z
-        self.state += <uint64_t>0x9e3779b97f4a7c15
-        z = self.state
-        z = (z ^ (z >> 30)) * <uint64_t>0xbf58476d1ce4e5b9
-        z = (z ^ (z >> 27)) * <uint64_t>0x94d049bb133111eb
-        return z ^ (z >> 31)
-
-    cdef uint64_t below(self, uint64_t limit) noexcept:
-        # The bias is limit / 2**64: nothing that a simulation could see.
-        return self.next() % limit if limit else 0
-
-    cdef double fraction(self) noexcept:
-        return <double>(self.next() >> 11) * (1.0 / <double>(<uint64_t>1 << 53))
-
-    cdef bint chance(self, double probability) noexcept:
-        # Without a draw for what can't happen: a world without a fault costs nothing for it.
-        return probability > 0 and self.fraction() < probability
-
-    def integer(self, low, high):
-        """An integer, low <= n <= high."""
-        if high < low:
-            raise ValueError("high is below low")
-        return low + self.below(<uint64_t>(high - low + 1))
-
-    def uniform(self, double low, double high):
-        """A float, low <= x < high."""
-        return low + (high - low) * self.fraction()
-
-    def likely(self, double probability):
-        """True with this probability."""
-        return self.chance(probability)
-
-    def choice(self, sequence):
-        """One of its items."""
-        return sequence[<Py_ssize_t>self.below(<uint64_t>len(sequence))]
-
-
-@cython.final
-cdef class Pipe:
-    """One direction of a virtual connection: the sender's buffer, the wire, the receiver's buffer."""
-
-    def __dealloc__(self):
-        free(self.memory)
-
-    def __repr__(self):
-        state = f", {self.broken}" if self.broken else ", finished" if self.finished else ""
-        return f"<Pipe written {self.written} arrived {self.arrived} taken {self.taken}{state}>"
-
-
-@cython.final
-cdef class Socket:
-    """What a virtual descriptor refers to.
-
-    ``told`` is the last connection error (a positive errno) that was told to its owner, or 0; ``operations`` are the kinds of
-    those in flight.
-    """
-
-    def __init__(self):
-        self.fd = -1
-        self.receive = self.send = self.poll = NO_SLOT
-
-    @property
-    def incoming(self):
-        """The Pipe whose bytes are received here, or None for a listener."""
-        return self.incoming
-
-    @property
-    def outgoing(self):
-        """The Pipe into which is sent here, or None for a listener."""
-        return self.outgoing
-
-    @property
-    def operations(self):
-        """The kinds of the operations that are on it now."""
-        named = (("receive", self.receive), ("send", self.send), ("poll", self.poll))
-        return [name for name, slot in named if slot != NO_SLOT]
-
-    def __repr__(self):
-        if self.listening:
-            return f"<Socket {self.fd} listening at {self.address!r}, {len(self.backlog)} waiting>"
-        return f"<Socket {self.fd} in {self.incoming!r} out {self.outgoing!r} {self.operations}>"
-
-
-cdef void *grow(void *array, int *capacity, size_t size) except NULL:
-    cdef int wanted = capacity[0] * 2 if capacity[0] else 64
-    cdef void *grown = realloc(array, wanted * size)
-    if grown == NULL:
-        raise MemoryError
-    capacity[0] = wanted
-    return grown
 
 
 cdef bint remove(Operation **array, int *length, Operation *operation) noexcept:
@@ -301,7 +128,7 @@ cdef size_t total(Operation *operation) noexcept:
 
 
 @cython.final
-cdef class SimulatedEngine(Engine):
+cdef class SimulatedEngine(VirtualWorld):
     """An engine on a virtual kernel, a virtual network and a virtual clock.
 
     Parameters
@@ -329,70 +156,23 @@ cdef class SimulatedEngine(Engine):
 
     def __init__(self, seed, BufferPool pool=None, *, faults=None, send_limit=None, receive_limit=None, segment=None,
                  int descriptors=1024, double patience=0.0, bint trace=False, str plant=None, **probabilities):
-        self.name = "simulated"
-        self.seed = seed
-        self.random = SeededRandom(seed)
-        self.clock = 1000.0
-        self.injected = dict.fromkeys(Faults.NAMES, 0)
-        self.trace = collections.deque(maxlen=TRACE_LENGTH) if trace else None
+        super().__init__(seed, faults, send_limit, receive_limit, segment, descriptors, trace, probabilities)
         self.free_slot = NO_SLOT
-        self.sockets = {}
-        self.listeners = {}
-        self.next_fd = FIRST_DESCRIPTOR
-        self.next_port = 49152
-        self.descriptor_limit = descriptors
         self.patience = patience
         self.planted = PLANTS[plant] if plant is not None else 0
-        self.digest = 0
-        calm = faults is not None
-        self.set_faults((faults if calm else self.draw_faults()).replace(**probabilities))
-        self.draw_world(calm, send_limit, receive_limit, segment)
-        self.pool = pool if pool is not None else self.draw_pool(calm)
+        self.draw_kernel()
+        self.pool = pool if pool is not None else self.draw_pool()
 
-    def draw_faults(self):
-        """Swarm testing: each seed leaves some faults out altogether, and is hard on others."""
+    def draw_kernel(self):
         cdef SeededRandom random = self.random
-        values = {}
-        for name in Faults.NAMES:
-            values[name] = 0.0 if random.chance(0.4) else random.choice((0.02, 0.1, 0.3))
-        # These three have scales of their own.
-        values["reset"] = 0.0 if random.chance(0.6) else random.choice((0.2, 0.5))
-        values["latency"] = random.choice((0.0, 20e-6, 200e-6, 5e-3))
-        values["delay"] = random.choice((0.0, 0.0, 20e-6, 1e-3))
-        return Faults(**values)
+        self.turn_cost = 1e-6 if self.calm else random.choice((1e-6, 5e-6, 20e-6))
+        self.submission_limit = 256 if self.calm else random.choice((1, 4, 64))
+        self.visible_limit = 4096 if self.calm else random.choice((1, 2, 8, 64))
+        self.incremental = self.calm or random.chance(0.7)
 
-    def set_faults(self, faults):
-        """Takes new probabilities from now on, for instance a calm world for the end of a scenario."""
-        self.faults = faults
-        self.p_short_receive = faults.short_receive
-        self.p_short_send = faults.short_send
-        self.p_no_buffers = faults.no_buffers
-        self.p_accept_limit = faults.accept_limit
-        self.p_reset = faults.reset
-        self.p_overflow = faults.overflow
-        self.p_cancel_race = faults.cancel_race
-        self.p_early_end = faults.early_end
-        self.p_would_block = faults.would_block
-        self.max_latency = faults.latency
-        self.max_delay = faults.delay
-
-    def draw_world(self, bint calm, send_limit, receive_limit, segment):
+    def draw_pool(self):
         cdef SeededRandom random = self.random
-        self.turn_cost = 1e-6 if calm else random.choice((1e-6, 5e-6, 20e-6))
-        self.submission_limit = 256 if calm else random.choice((1, 4, 64))
-        self.visible_limit = 4096 if calm else random.choice((1, 2, 8, 64))
-        self.incremental = calm or random.chance(0.7)
-        self.reuse_descriptors = calm or random.chance(0.5)
-        cdef tuple sizes = (256, 2048, 16384, 65536), segments = (7, 100, 1448, 16384, 65536)
-        if calm:
-            sizes = segments = (65536,)
-        self.default_send_limit = send_limit or random.choice(sizes)
-        self.default_receive_limit = receive_limit or random.choice(sizes)
-        self.default_segment = segment or random.choice(segments)
-
-    def draw_pool(self, bint calm):
-        cdef SeededRandom random = self.random
-        if calm:
+        if self.calm:
             pool = BufferPool(block_size=65536, target=4, maximum=32)
         else:
             target = random.integer(2, 6)
@@ -405,10 +185,6 @@ cdef class SimulatedEngine(Engine):
     def __dealloc__(self):
         # What a closed engine held was given back by close(). One that was never closed leaks its operations' owners,
         # as a ring would: nobody may free what a kernel could still write to.
-        cdef int i
-        for i in range(self.event_count):
-            Py_XDECREF(self.events[i].target)
-        free(self.events)
         free(self.slots)
         free(self.submissions)
         free(self.silent)
@@ -474,9 +250,7 @@ cdef class SimulatedEngine(Engine):
             self.pool.posted -= 1
             self.pool.drop(block)
         self.posted_count = 0
-        for i in range(self.event_count):
-            Py_DECREF(<object>self.events[i].target)
-        self.event_count = 0
+        self.drop_events()
 
     cpdef forked(self):
         """In a child: unusable from now on."""
@@ -486,430 +260,6 @@ cdef class SimulatedEngine(Engine):
     cpdef wake(self):
         """Makes ``wait`` return; from any thread."""
         self.woken = True
-
-    cdef double now(self) noexcept:
-        return self.clock
-
-    def time(self):
-        """Virtual seconds."""
-        return self.clock
-
-    # ---- virtual descriptors --------------------------------------------------------------------------------
-
-    def socketpair(self):
-        """Two connected virtual descriptors."""
-        near, far = self.make_pair(("virtual", 0), ("virtual", 1))
-        self.install(near)
-        self.install(far)
-        return near.fd, far.fd
-
-    def listen(self, address, *, int backlog=100):
-        """A virtual descriptor that accepts at `address` (anything hashable). OSError EADDRINUSE if it's taken."""
-        cdef Socket socket
-        if address in self.listeners:
-            raise OSError(errno_module.EADDRINUSE, os.strerror(errno_module.EADDRINUSE))
-        socket = Socket()
-        socket.listening = True
-        socket.address = address
-        socket.backlog = collections.deque()
-        socket.backlog_limit = max(1, backlog)
-        self.install(socket)
-        self.listeners[address] = socket
-        return socket.fd
-
-    def connect(self, address):
-        """A virtual descriptor that is connected to the listener at `address`, at once; the listener hears of it later.
-
-        ConnectionRefusedError if nobody listens, TimeoutError if its backlog is full, OSError EMFILE beyond the limit
-        of descriptors.
-        """
-        cdef Socket listener = self.listeners.get(address)
-        cdef Socket near, far
-        if listener is None:
-            raise ConnectionRefusedError(errno_module.ECONNREFUSED, os.strerror(errno_module.ECONNREFUSED))
-        if len(listener.backlog) >= listener.backlog_limit:
-            raise TimeoutError(errno_module.ETIMEDOUT, os.strerror(errno_module.ETIMEDOUT))
-        self.next_port += 1
-        near, far = self.make_pair(("client", self.next_port), address)
-        self.install(near)
-        listener.backlog.append((far, False))
-        self.schedule(self.latency(), ARRIVAL, 0, 0, listener)
-        return near.fd
-
-    def socket(self, int fd):
-        """The Socket behind a virtual descriptor, or None. It stays readable after the descriptor is closed."""
-        return self.sockets.get(fd)
-
-    def descriptors(self):
-        """The virtual descriptors that are open, a sorted list."""
-        return sorted(self.sockets)
-
-    def operations(self):
-        """What is in flight, parked or suspended on virtual descriptors, as a list of text."""
-        cdef uint32_t slot
-        cdef int i
-        lines = []
-        for slot in range(self.slot_capacity):
-            if self.slots[slot].operation != NULL and self.slots[slot].socket != NULL:
-                stage = ("queued", "armed", "decided", "done")[self.slots[slot].stage]
-                lines.append(f"{describe(self.slots[slot].operation)} ({stage})")
-        for i in range(self.parked_length):
-            lines.append(f"{describe(self.parked[i])} (parked)")
-        for i in range(self.suspended_length):
-            if self.suspended[i].fd >= FIRST_DESCRIPTOR:
-                lines.append(f"{describe(self.suspended[i])} (suspended)")
-        return lines
-
-    def reset(self, int fd):
-        """The network resets the connection of `fd`, both ends, now."""
-        self.break_connection(self.open_socket(fd), "reset by the script")
-
-    def write(self, int fd, data):
-        """Sends without an operation, as much as fits: how many bytes. BlockingIOError when nothing fits."""
-        cdef Socket socket = self.open_socket(fd)
-        cdef const unsigned char[::1] view = data
-        cdef int32_t error = self.send_error(socket)
-        if error:
-            socket.told = error
-            raise OSError(error, os.strerror(error))
-        if view.shape[0] == 0:
-            return 0
-        n = self.accept_bytes(socket, <const char *>&view[0], <uint32_t>min(view.shape[0], 1 << 30))
-        if n == 0:
-            raise BlockingIOError(EAGAIN, os.strerror(EAGAIN))
-        return n
-
-    def read(self, int fd, size_t limit=65536):
-        """Receives without an operation: bytes, empty at the end. BlockingIOError when nothing is there."""
-        cdef Socket socket = self.open_socket(fd)
-        cdef Pipe pipe = socket.incoming
-        cdef size_t i, n = min(limit, <size_t>(pipe.arrived - pipe.taken))
-        cdef bytearray data
-        if n == 0:
-            error = self.take_error(socket)
-            if error:
-                socket.told = error
-                raise OSError(error, os.strerror(error))
-            if pipe.finished or socket.reset_seen:
-                return b""
-            raise BlockingIOError(EAGAIN, os.strerror(EAGAIN))
-        data = bytearray(n)
-        for i in range(n):
-            data[i] = <uint8_t>pipe.memory[(pipe.taken + i) & pipe.mask]
-        pipe.taken += n
-        self.move(pipe)
-        return bytes(data)
-
-    def close_virtual(self, int fd):
-        """Closes a virtual descriptor, as ``close(2)``; ContractViolation if operations are on it."""
-        error = self.close_descriptor(fd)
-        self.raise_violation()
-        if error:
-            raise OSError(-error, os.strerror(-error))
-
-    def shutdown_virtual(self, int fd):
-        """``shutdown(fd, SHUT_WR)``."""
-        error = self.shutdown_write(fd)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-
-    def advance(self, double seconds):
-        """Lets virtual time pass without a loop; what completes meanwhile is queued."""
-        self.execute()
-        self.run_events(self.clock + seconds)
-        self.clock = max(self.clock, self.clock + seconds)
-        self.reap_all()
-
-    def open_socket(self, int fd):
-        socket = self.sockets.get(fd)
-        if socket is None:
-            raise OSError(EBADF, os.strerror(EBADF))
-        return socket
-
-    cdef Socket socket_of(self, int fd):
-        return self.sockets.get(fd)
-
-    cdef Socket install(self, Socket socket):
-        """Gives it a descriptor: the lowest free one as a kernel does, or, by seed, one that was never used."""
-        cdef int fd = FIRST_DESCRIPTOR
-        if len(self.sockets) >= self.descriptor_limit:
-            raise OSError(EMFILE, os.strerror(EMFILE))
-        if self.reuse_descriptors:
-            while fd in self.sockets:
-                fd += 1
-        else:
-            fd = self.next_fd
-            self.next_fd += 1
-        socket.fd = fd
-        self.sockets[fd] = socket
-        return socket
-
-    cdef tuple make_pair(self, object near, object far):
-        cdef Socket one = Socket(), other = Socket()
-        one.outgoing = other.incoming = self.make_pipe()
-        one.incoming = other.outgoing = self.make_pipe()
-        one.outgoing.writer = other.outgoing.reader = one
-        one.outgoing.reader = other.outgoing.writer = other
-        one.address = other.peer_address = near
-        one.peer_address = other.address = far
-        if self.random.chance(self.p_reset):
-            self.schedule(self.random.fraction() * self.random.choice((1e-4, 1e-3, 20e-3)), FAULT, 0, 0, one)
-        return one, other
-
-    cdef Pipe make_pipe(self):
-        cdef Pipe pipe = Pipe.__new__(Pipe)
-        cdef uint32_t size = 256
-        pipe.send_limit = self.default_send_limit
-        pipe.receive_limit = self.default_receive_limit
-        pipe.segment = self.default_segment
-        while size < pipe.send_limit + pipe.receive_limit:
-            size *= 2
-        pipe.mask = size - 1
-        pipe.memory = <char *>malloc(size)
-        if pipe.memory == NULL:
-            raise MemoryError
-        return pipe
-
-    cdef int close_descriptor(self, int fd) noexcept:
-        cdef Socket socket = self.sockets.get(fd)
-        if socket is None:
-            self.remember(f"descriptor {fd} was closed, but isn't open")
-            return -EBADF
-        waiting = socket.operations + self.held_back(fd)
-        if waiting:
-            self.remember(f"descriptor {fd} was closed under its {' and '.join(waiting)}")
-        try:
-            self.close_socket(socket)
-        except BaseException as error:
-            self.remember(f"closing descriptor {fd} failed: {error!r}")
-        return 0
-
-    cdef int shutdown_write(self, int fd) noexcept:
-        cdef Socket socket = self.sockets.get(fd)
-        if socket is None:
-            self.remember(f"descriptor {fd} was shut down, but isn't open")
-            return -EBADF
-        if socket.outgoing is None or socket.outgoing.broken is not None:
-            return -errno_module.ENOTCONN
-        if socket.send != NO_SLOT:
-            self.remember(f"descriptor {fd} was shut down for writing under its send")
-        try:
-            self.shut(socket)
-        except BaseException as error:
-            self.remember(f"shutting down descriptor {fd} failed: {error!r}")
-        return 0
-
-    cdef int unsent(self, int fd) noexcept:
-        cdef Socket socket = self.sockets.get(fd)
-        if socket is None or socket.outgoing is None:
-            return -EBADF
-        if socket.outgoing.broken is not None:
-            return 0
-        return <int>(socket.outgoing.written - socket.outgoing.arrived)
-
-    cdef int close_socket(self, Socket socket) except -1:
-        cdef Pipe incoming = socket.incoming
-        cdef Socket waiting
-        del self.sockets[socket.fd]
-        self.note(f"close {socket.fd}")
-        socket.fd = -1
-        socket.closed = True
-        if socket.listening:
-            del self.listeners[socket.address]
-            for waiting, _ in socket.backlog:
-                self.break_connection(waiting, "its listener was closed")
-            socket.backlog.clear()
-        elif incoming.broken is None:
-            if incoming.arrived > incoming.taken:
-                # RFC 2525, 2.17: closing with unread data resets, and what was still to be sent is lost.
-                self.break_connection(socket, "closed with unread data")
-            else:
-                self.shut(socket)
-        return 0
-
-    cdef int shut(self, Socket socket) except -1:
-        if not socket.outgoing.shut:
-            socket.outgoing.shut = True
-            self.move(socket.outgoing)
-        return 0
-
-    # ---- the network ----------------------------------------------------------------------------------------
-
-    cdef double latency(self) noexcept:
-        return self.random.fraction() * self.max_latency
-
-    cdef double delay(self) noexcept:
-        return self.random.fraction() * self.max_delay if self.max_delay > 0 and self.random.chance(0.5) else 0.0
-
-    cdef uint32_t accept_bytes(self, Socket socket, const char *data, uint32_t length) except? 0:
-        """Into the sender's buffer, as much as fits."""
-        cdef Pipe pipe = socket.outgoing
-        cdef uint32_t room = pipe.send_limit - <uint32_t>(pipe.written - pipe.arrived)
-        cdef uint32_t n = min(length, room), start = <uint32_t>pipe.written & pipe.mask, first
-        first = min(n, pipe.mask + 1 - start)
-        memcpy(pipe.memory + start, data, first)
-        memcpy(pipe.memory, data + first, n - first)
-        pipe.written += n
-        if n:
-            self.move(pipe)
-        return n
-
-    cdef int move(self, Pipe pipe) except -1:
-        """Sets the next segment, or the FIN, on its way."""
-        if pipe.moving or pipe.broken is not None:
-            return 0
-        if pipe.written > pipe.arrived:
-            if pipe.arrived - pipe.taken < pipe.receive_limit or pipe.reader.closed:
-                pipe.moving = True
-                self.schedule(self.latency(), SEGMENT, 0, 0, pipe)
-        elif pipe.shut and not pipe.finished:
-            pipe.moving = True
-            self.schedule(self.latency(), FINISH, 0, 0, pipe)
-        return 0
-
-    cdef int segment_arrives(self, Pipe pipe) except -1:
-        cdef uint64_t n, limit
-        pipe.moving = False
-        if pipe.broken is not None:
-            return 0
-        if pipe.reader.closed:
-            return self.break_connection(pipe.reader, "data came after the close")
-        n = pipe.written - pipe.arrived
-        # Long transfers in tiny segments would only cost time: a few hundred are as good as thousands.
-        limit = max(<uint64_t>pipe.segment, n // 16)
-        n = min(n, pipe.receive_limit - (pipe.arrived - pipe.taken))
-        n = min(n, 1 + self.random.below(limit) if self.random.chance(0.3) else limit)
-        pipe.arrived += n
-        self.mix(n)
-        self.poke(pipe.reader)
-        self.poke(pipe.writer)
-        return self.move(pipe)
-
-    cdef int fin_arrives(self, Pipe pipe) except -1:
-        pipe.moving = False
-        if pipe.broken is None:
-            if pipe.written > pipe.arrived:
-                return self.move(pipe)
-            pipe.finished = True
-            self.poke(pipe.reader)
-        return 0
-
-    cdef int break_connection(self, Socket socket, str reason) except -1:
-        """RST: nothing more crosses; both ends hear of it, each in its own time."""
-        cdef Pipe pipe
-        cdef Socket end
-        if socket.incoming.broken is not None:
-            return 0
-        self.note(f"broken {socket.fd}: {reason}")
-        for pipe in (socket.incoming, socket.outgoing):
-            pipe.broken = reason
-            end = pipe.reader
-            if not end.closed:
-                self.schedule(self.latency(), RESET, 0, 0, end)
-        return 0
-
-    cdef int reset_arrives(self, Socket socket) except -1:
-        cdef Pipe pipe = socket.incoming
-        if socket.closed:
-            return 0
-        # As Linux's tcp_reset(): EPIPE once FIN had come, else ECONNRESET.
-        socket.error = EPIPE if pipe.finished else ECONNRESET
-        socket.reset_seen = True
-        if self.random.chance(0.5):
-            pipe.taken = pipe.arrived    # some stacks drop what wasn't received yet
-        return self.poke(socket)
-
-    cdef int connection_arrives(self, Socket listener) except -1:
-        cdef int i
-        if listener.closed:
-            return 0
-        for i in range(len(listener.backlog)):
-            socket, arrived = listener.backlog[i]
-            if not arrived:
-                listener.backlog[i] = (socket, True)
-                break
-        return self.poke(listener)
-
-    # ---- events ---------------------------------------------------------------------------------------------
-
-    cdef int schedule(self, double delay, uint32_t kind, uint32_t slot, uint32_t generation, object target) except -1:
-        cdef Event event
-        cdef int i, parent
-        if self.event_count == self.event_capacity:
-            if self.event_count >= EVENT_LIMIT:
-                raise SimulationFailure(f"{EVENT_LIMIT} events are on their way", self.seed)
-            self.events = <Event *>grow(self.events, &self.event_capacity, sizeof(Event))
-        event.at = self.clock + delay
-        event.tie = self.random.next()
-        event.kind = kind
-        event.slot = slot
-        event.generation = generation
-        event.target = <PyObject *>target
-        Py_INCREF(target)
-        i = self.event_count
-        self.event_count += 1
-        while i:
-            parent = (i - 1) // 2
-            if not earlier(&event, &self.events[parent]):
-                break
-            self.events[i] = self.events[parent]
-            i = parent
-        self.events[i] = event
-        return 0
-
-    cdef Event pop_event(self) noexcept:
-        cdef Event first = self.events[0], last
-        cdef int i = 0, child
-        self.event_count -= 1
-        last = self.events[self.event_count]
-        while True:
-            child = 2 * i + 1
-            if child >= self.event_count:
-                break
-            if child + 1 < self.event_count and earlier(&self.events[child + 1], &self.events[child]):
-                child += 1
-            if not earlier(&self.events[child], &last):
-                break
-            self.events[i] = self.events[child]
-            i = child
-        if self.event_count:
-            self.events[i] = last
-        return first
-
-    cdef int run_events(self, double until) except -1:
-        """Everything up to this moment; what it brings about in the same span as well."""
-        cdef Event event
-        while self.event_count and self.events[0].at <= until:
-            event = self.pop_event()
-            if event.at > self.clock:
-                self.clock = event.at
-            self.steps += 1
-            try:
-                self.happen(&event)
-            finally:
-                Py_DECREF(<object>event.target)
-        return 0
-
-    cdef int happen(self, Event *event) except -1:
-        self.mix(event.kind)
-        if event.kind == SEGMENT:
-            return self.segment_arrives(<Pipe>event.target)
-        if event.kind == FINISH:
-            return self.fin_arrives(<Pipe>event.target)
-        if event.kind == ARRIVAL:
-            return self.connection_arrives(<Socket>event.target)
-        if event.kind == RESET:
-            return self.reset_arrives(<Socket>event.target)
-        if event.kind == FAULT:
-            if (<Socket>event.target).incoming.broken is None:
-                self.inject("reset")
-            return self.break_connection(<Socket>event.target, "reset by the network")
-        if self.slots[event.slot].generation != event.generation or self.slots[event.slot].operation == NULL:
-            return 0
-        if event.kind == WORK:
-            self.slots[event.slot].scheduled = False
-            return self.work(event.slot, False) if self.slots[event.slot].stage == ARMED else 0
-        return self.cancelled(event.slot, False)
 
     # ---- operations -----------------------------------------------------------------------------------------
 
@@ -1064,27 +414,14 @@ cdef class SimulatedEngine(Engine):
             self.schedule(self.delay(), WORK, slot, entry.generation, None)
         return 0
 
-    cdef bint can_receive(self, Socket socket) noexcept:
-        if socket.listening:
-            return len(socket.backlog) > 0 and socket.backlog[0][1]
-        return (socket.incoming.arrived > socket.incoming.taken or socket.error != 0 or socket.incoming.finished
-                or socket.reset_seen)
-
-    cdef bint can_send(self, Socket socket) noexcept:
-        cdef Pipe pipe = socket.outgoing
-        return pipe.shut or socket.reset_seen or pipe.written - pipe.arrived < pipe.send_limit
-
-    cdef int32_t take_error(self, Socket socket) noexcept:
-        """A pending error is told once. What comes after it is EOF, or EPIPE."""
-        cdef int error = socket.error
-        socket.error = 0
-        return error
-
-    cdef int32_t send_error(self, Socket socket) noexcept:
-        cdef int32_t error = self.take_error(socket)
-        if error == 0 and (socket.outgoing.shut or socket.reset_seen):
-            error = EPIPE
-        return error
+    cdef int operation_event(self, Event *event) except -1:
+        cdef Slot *entry = &self.slots[event.slot]
+        if entry.generation != event.generation or entry.operation == NULL:
+            return 0    # it has ended meanwhile
+        if event.kind == CANCEL:
+            return self.cancelled(event.slot, False)
+        entry.scheduled = False
+        return self.work(event.slot, False) if entry.stage == ARMED else 0
 
     cdef int work(self, uint32_t slot, bint last) except -1:
         """An operation makes what progress it can; with `last` a multishot operation ends with it."""
@@ -1253,7 +590,6 @@ cdef class SimulatedEngine(Engine):
     cdef int cancelled(self, uint32_t slot, bint now) except -1:
         """A cancel request has reached its operation, which may yet win the race."""
         cdef Slot *entry = &self.slots[slot]
-        cdef Operation *operation = entry.operation
         if entry.stage == QUEUED:
             return self.schedule(self.turn_cost, CANCEL, slot, entry.generation, None)
         if entry.stage != ARMED:
@@ -1467,11 +803,13 @@ cdef class SimulatedEngine(Engine):
 
     cdef int idle(self) except -1:
         """Nothing virtual will ever happen: wait for the real world, or say that all stand still."""
-        cdef int i, rounds = <int>(self.patience * 200)
-        for i in range(rounds):
-            self.poll_real(5)
+        for _ in range(<int>(self.patience * 1000 / PATIENCE_STEP)):
+            # Another thread may have woken us, or given a block back.
+            if self.woken or (self.parked_length and self.pool.free):
+                return 0
+            self.poll_real(PATIENCE_STEP)
             PyErr_CheckSignals()
-            if self.raw_count or self.woken:
+            if self.raw_count:
                 return 0
         waiting = "\n  ".join(self.operations()) or "nothing"
         raise Deadlock(f"a wait without end, and nothing can happen; in flight:\n  {waiting}\n", self.seed)
@@ -1481,6 +819,9 @@ cdef class SimulatedEngine(Engine):
         cdef uint32_t slot
         cdef int ready, fd
         if not self.real_polls:
+            if milliseconds:
+                with nogil:
+                    headrace_pause(milliseconds)
             return 0
         for slot in range(self.slot_capacity):
             if self.slots[slot].operation == NULL or self.slots[slot].socket != NULL:
@@ -1494,21 +835,6 @@ cdef class SimulatedEngine(Engine):
         return 0
 
     # ---- checks ---------------------------------------------------------------------------------------------
-
-    def remember(self, text):
-        """The first violation is kept: where it happened it may not be raised, or somebody may swallow it."""
-        self.note("VIOLATION " + text)
-        if self.violation is None:
-            self.violation = ContractViolation(text, self.seed)
-
-    def raise_violation(self):
-        """Raises the violation that was found, if there is one."""
-        if self.violation is not None:
-            raise self.violation
-
-    cdef int violated(self, str text) except -1:
-        self.remember(text)
-        raise self.violation
 
     cdef int check_blocks(self) except -1:
         """posted + queued + leased + free = allocated, and each block's references are those that are known."""
@@ -1552,19 +878,28 @@ cdef class SimulatedEngine(Engine):
                 held += 1
         return held
 
-    cdef int inject(self, str name) except -1:
-        self.injected[name] += 1
-        return 0
+    def operations(self):
+        """What is in flight, parked or suspended on virtual descriptors, as a list of text."""
+        cdef uint32_t slot
+        cdef int i
+        lines = []
+        for slot in range(self.slot_capacity):
+            if self.slots[slot].operation != NULL and self.slots[slot].socket != NULL:
+                stage = ("queued", "armed", "decided", "done")[self.slots[slot].stage]
+                lines.append(f"{describe(self.slots[slot].operation)} ({stage})")
+        for i in range(self.parked_length):
+            lines.append(f"{describe(self.parked[i])} (parked)")
+        for i in range(self.suspended_length):
+            if self.suspended[i].fd >= FIRST_DESCRIPTOR:
+                lines.append(f"{describe(self.suspended[i])} (suspended)")
+        return lines
 
-    cdef int note(self, str text) except -1:
-        if self.trace is not None:
-            self.trace.append(f"{(self.clock - 1000.0) * 1e3:10.4f} ms  {text}")
-        return 0
-
-    cdef int mix(self, uint64_t value) noexcept:
-        """The digest is equal in two runs that went the same way."""
-        self.digest = (self.digest ^ value) * <uint64_t>0x9e3779b97f4a7c15 + <uint64_t>(self.clock * 1e9)
-        return 0
+    def advance(self, double seconds):
+        """Lets virtual time pass without a loop; what completes meanwhile is queued."""
+        self.execute()
+        self.run_events(self.clock + seconds)
+        self.clock = max(self.clock, self.clock + seconds)
+        self.reap_all()
 
     def stats(self):
         """Counters, as a dict of int: those of every engine, and posted, overflows, no_buffers, steps."""
@@ -1572,10 +907,6 @@ cdef class SimulatedEngine(Engine):
             "posted": self.posted_count, "overflows": self.overflows, "no_buffers": self.no_buffers,
             "in_flight": self.in_flight, "steps": self.steps,
         }
-
-
-cdef inline bint earlier(Event *one, Event *other) noexcept:
-    return one.at < other.at or (one.at == other.at and one.tie < other.tie)
 
 
 cdef str describe(Operation *operation):

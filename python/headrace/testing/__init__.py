@@ -22,13 +22,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headrace._simulated import (
+    from headrace._simulated import SimulatedEngine
+    from headrace._virtual import (
         NO_FAULTS,
         ContractViolation,
         Deadlock,
         Faults,
         SeededRandom,
-        SimulatedEngine,
         SimulationFailure,
     )
     from headrace.testing.scenarios import OracleFailure, run_scenario
@@ -62,16 +62,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "NO_FAULTS": "headrace._simulated",
-    "ContractViolation": "headrace._simulated",
-    "Deadlock": "headrace._simulated",
-    "Faults": "headrace._simulated",
+    "NO_FAULTS": "headrace._virtual",
+    "ContractViolation": "headrace._virtual",
+    "Deadlock": "headrace._virtual",
+    "Faults": "headrace._virtual",
     "OracleFailure": "headrace.testing.scenarios",
     "SeedReport": "headrace.testing.simulation",
-    "SeededRandom": "headrace._simulated",
+    "SeededRandom": "headrace._virtual",
     "SimulatedEngine": "headrace._simulated",
     "SimulatedLoop": "headrace.testing.simulation",
-    "SimulationFailure": "headrace._simulated",
+    "SimulationFailure": "headrace._virtual",
     "VirtualSocket": "headrace.testing.simulation",
     "replay": "headrace.testing.simulation",
     "run_scenario": "headrace.testing.scenarios",

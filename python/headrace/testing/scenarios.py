@@ -30,7 +30,8 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace._model import BUGS, ModelLoop
-from headrace._simulated import ContractViolation, Deadlock, SeededRandom, SimulatedEngine, SimulationFailure
+from headrace._simulated import SimulatedEngine
+from headrace._virtual import ContractViolation, Deadlock, SeededRandom, SimulationFailure
 from headrace.protocol import Protocol
 from headrace.testing.simulation import SimulatedLoop, VirtualSocket
 
@@ -82,6 +83,8 @@ class Script:
 
     ``writes`` are (delay in virtual seconds, bytes); ``ending`` is "close", "eof", "abort" or "wait"; ``reading`` is
     "steady", "slow" (a pause after each receive) or "late" (paused at first). An ``echo`` end sends back what it receives.
+    After ``cut`` received bytes it closes, or aborts, from within the callback. ``high`` is the mark of flow control.
+    With ``swap`` another protocol takes over now and then, in the middle of the stream.
     """
 
     writes: list[tuple[float, int]]
@@ -91,6 +94,9 @@ class Script:
     echo: bool
     patient: bool  # heeds pause_writing
     hoard: int  # leases that it holds on to
+    cut: int | None
+    high: int
+    swap: bool
 
     @classmethod
     def draw(cls, chance: SeededRandom, server: bool) -> Script:
@@ -110,6 +116,9 @@ class Script:
             echo=echo,
             patient=chance.likely(0.7),
             hoard=chance.choice((0, 0, 1, 5, 40)),
+            cut=chance.integer(0, 5000) if chance.likely(0.1) else None,
+            high=chance.choice((0, 1, 1000, 20000, 65536)),
+            swap=chance.likely(0.15),
         )
 
 
@@ -152,6 +161,7 @@ class End:
         name = self.socket.peer_address if self.server else self.socket.address
         self.base = name[1]
         self.world.meet(self)
+        self.world.set_limits(transport, self.script.high)
         self.world.call_later(LIFETIME - 1.0, self.look)
         self.world.call_later(LIFETIME, self.give_up)
         if self.script.reading == "late":
@@ -176,6 +186,10 @@ class End:
             self.write(data)
         if self.script.reading == "slow" and not self.ended:
             self.pause()
+        if self.script.cut is not None and self.received > self.script.cut and not self.closed:
+            self.cut()
+        elif self.script.swap and self.world.random.likely(0.2):
+            self.world.swap_protocol(self)
 
     def keep(self, lease: Any) -> None:
         """Holds on to a lease, and lets go of the oldest beyond the script's number."""
@@ -194,7 +208,11 @@ class End:
         self.told_at_end = self.socket.told
         peer = self.peer
         if self.socket.incoming.broken is None:
-            if peer is None or not (peer.ended or peer.closed):
+            if peer is None:
+                # Accepted while the server was being closed, and so closed at once by the listener.
+                if not self.world.server_closed:
+                    self.fail("end", "an end of stream from a peer that never was")
+            elif not (peer.ended or peer.closed):
                 self.fail("end", "an end of stream that the peer never sent")
             elif not peer.aborted and self.received != peer.written:
                 self.fail("complete", f"{self.received} of {peer.written} bytes came before the end of the stream")
@@ -251,7 +269,7 @@ class End:
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing() and not self.ended:
             self.written += len(data)
-            self.transport.write(data)
+            self.world.write(self.transport, data)
 
     def write_next(self) -> None:
         """The next write of the script, in its time; after the last one the ending."""
@@ -286,6 +304,14 @@ class End:
             if self.eof:
                 self.closed = True
                 self.transport.close()
+
+    def cut(self) -> None:
+        """Has had enough, in the middle of a callback."""
+        if self.script.pause > 1e-4:
+            self.abort()
+        else:
+            self.closed = self.ended = True
+            self.transport.close()
 
     def abort(self) -> None:
         """Ends it at once, and sees to it that this is soon."""
@@ -422,7 +448,7 @@ class World:
         self.live = self.checks_left = 0
         self.connecting = 0
         self.server: Any = None
-        self.settled = False
+        self.settled = self.server_closed = False
 
     def fail(self, oracle: str, text: str) -> None:
         """The first failure counts; later ones follow from it."""
@@ -430,9 +456,21 @@ class World:
 
     def new_end(self, server: bool) -> Any:
         """A protocol for a new end."""
-        end = End(self, Script.draw(self.random, server), server)
-        kind = self.kind or self.random.choice(KINDS)
-        return ADAPTERS[kind](end)
+        return self.adapt(End(self, Script.draw(self.random, server), server))
+
+    def adapt(self, end: End) -> Any:
+        """A protocol of the kind that was asked for, or of any."""
+        return ADAPTERS[self.kind or self.random.choice(KINDS)](end)
+
+    def set_limits(self, transport: Any, high: int) -> None:
+        """Sets the marks of flow control, where a transport can."""
+
+    def swap_protocol(self, end: End) -> None:
+        """Makes another protocol take over, where a transport can."""
+
+    def write(self, transport: Any, data: bytes) -> None:
+        """Writes in one of the ways that a transport knows."""
+        transport.write(data)
 
     def meet(self, end: End) -> None:
         """An end is connected; if the other one is, they get to know each other."""
@@ -455,7 +493,7 @@ class World:
         for _ in range(self.connecting):
             self.call_later(self.random.choice((0.0, 0.0, 1e-4, 3e-3)), self.connect)
         if self.random.likely(0.1):
-            self.call_later(1e-3, self.server.close)
+            self.call_later(1e-3, self.stop_serving)
 
     def connected(self) -> None:
         """One client connection more was tried."""
@@ -465,9 +503,14 @@ class World:
             self.call_later(self.random.choice((1e-3, LIFETIME + 2)), self.close_server)
 
     def close_server(self) -> None:
-        """Ends accepting."""
-        self.server.close()
+        """Ends the scenario, but for the connections that are alive."""
+        self.stop_serving()
         self.call_later(PATIENCE, self.settle)
+
+    def stop_serving(self) -> None:
+        """Closes the listener."""
+        self.server_closed = True
+        self.server.close()
 
     def settle(self) -> None:
         self.settled = True
@@ -603,6 +646,27 @@ class LoopWorld(World):
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> None:
         self.loop.call_later(delay, callback)
+
+    def set_limits(self, transport: Any, high: int) -> None:
+        transport.set_write_buffer_limits(high=high)
+
+    def swap_protocol(self, end: End) -> None:
+        end.transport.set_protocol(self.adapt(end))
+
+    def write(self, transport: Any, data: bytes) -> None:
+        way = self.random.integer(0, 3)
+        if way == 0:
+            cut = self.random.integer(0, len(data))
+            transport.writelines([data[:cut], b"", data[cut:]])
+        elif way == 1:
+            # Mutable buffers are the writer's again as soon as write() returns.
+            buffer = bytearray(data)
+            transport.write(buffer)
+            buffer[:] = bytes(len(buffer))
+        elif way == 2:
+            transport.write(memoryview(data))
+        else:
+            transport.write(data)
 
     def connect(self) -> None:
         task = self.loop.create_task(self.connect_one())

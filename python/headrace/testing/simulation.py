@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from headrace._simulated import SimulatedEngine, SimulationFailure
+from headrace._simulated import SimulatedEngine
 from headrace.loop import EventLoop
 
 __all__ = [
@@ -277,6 +277,3 @@ def replay(seed: int, scenario: Callable[..., object] | None = None, **options: 
         error.add_note(f"the last of {len(lines)} events of seed {seed}:\n{shown}")
         raise
 
-
-# Re-exported for those who catch what a seed found.
-_ = SimulationFailure
