@@ -1,7 +1,7 @@
 """Drives a completion engine from Python, without a loop: for tests of engines.
 
 Each operation is a `Request`, an endpoint of its own. The engine's duty is to keep it alive from submit to the
-terminal completion; what it does wrong on the way is raised as AssertionError at once:
+terminal completion. What it does wrong on the way is raised as AssertionError at the end of the turn:
 
 * a completion after the terminal one, or one of an operation that wasn't submitted;
 * a state that doesn't fit: IDLE while a completion with MORE is delivered, anything but IDLE after the last;
@@ -44,8 +44,11 @@ STATES = {IDLE: "idle", IN_FLIGHT: "in flight", PARKED: "parked", SUSPENDED: "su
 
 
 class Record(collections.namedtuple("Record", "token kind result more data lease")):
-    """One completion: the request's token and kind ("receive", "send", "accept", "poll"), the result (bytes, a
-    descriptor or -errno), whether more will follow, the received bytes, and the lease on them when leases are held."""
+    """One completion.
+
+    The request's token and kind ("receive", "send", "accept", "poll"), the result (bytes, a descriptor or
+    -errno), whether more will follow, the received bytes, and the lease on them when leases are held.
+    """
     __slots__ = ()
 
     def __repr__(self):
@@ -79,13 +82,13 @@ cdef class Driver:
     engine : Engine
         Started and stopped by the caller, who also closes it.
     again : bool
-        Submit receives and accepts anew, under the same token, when they end with a success that nobody asked for. A
-        multishot operation may do so at any time, and every endpoint must reckon with it.
+        Submit receives and accepts anew, under the same token, when they end with a success that nobody asked
+        for. A multishot operation may do so at any time, and every endpoint must reckon with it.
     hold : bool
-        Keep received bytes leased: each record then has its ``lease``, and whoever holds the record holds the memory.
+        Keep received bytes leased: each record then has its ``lease``; who holds the record holds the memory.
 
     ``on_completion`` may be set to a callable; it's called with each record from within the delivery, and what
-    it raises leaves ``wait``, as from an endpoint. ``silent`` is the list of the tokens of silent sends that went out.
+    it raises leaves ``wait``, as from an endpoint. ``silent`` lists the tokens of silent sends that went out.
 
     Not thread-safe.
     """
@@ -114,7 +117,7 @@ cdef class Driver:
         self.unchecked = []
         self.faults = []
 
-    # ---- operations -----------------------------------------------------------------------------------------
+    # ---- operations ----------------------------------------------------------------------------------------
 
     cdef Request new(self, int kind, int fd):
         cdef Request request = Request()
@@ -222,7 +225,7 @@ cdef class Driver:
         """Completions that wait to be delivered."""
         return self.engine.last - self.engine.first
 
-    # ---- turns ----------------------------------------------------------------------------------------------
+    # ---- turns ---------------------------------------------------------------------------------------------
 
     def enter(self, double timeout):
         """The engine's ``wait`` alone, without delivery."""
@@ -251,7 +254,7 @@ cdef class Driver:
         return self.deliver()
 
     def collect(self, int count=1, double timeout=10.0):
-        """Turns until there are `count` records (often more); TimeoutError after `timeout` seconds of the engine's time."""
+        """Turns until there are `count` records, or more; TimeoutError after `timeout` seconds."""
         cdef double deadline = self.engine.now() + timeout
         records = []
         while len(records) < count:
@@ -278,7 +281,7 @@ cdef class Driver:
         """The engine's clock, seconds."""
         return self.engine.now()
 
-    # ---- descriptors, by the engine -------------------------------------------------------------------------
+    # ---- descriptors, by the engine ------------------------------------------------------------------------
 
     def close(self, int fd):
         """Closes a descriptor that nothing is in flight on. Raises OSError."""
@@ -292,7 +295,7 @@ cdef class Driver:
         """Bytes that the peer hasn't acknowledged yet. Raises OSError."""
         return answer(self.engine.unsent(fd))
 
-    # ---- what the engine says -------------------------------------------------------------------------------
+    # ---- what the engine says ------------------------------------------------------------------------------
 
     cdef int completed(self, Request request, Completion *completion) except -1:
         cdef int result = completion.result
@@ -351,8 +354,9 @@ cdef class Driver:
         while self.unchecked:
             request = self.unchecked.pop()
             # Ours now: `ended` (unless it's full) in place of `requests`, and the variable.
-            if not request.active and Py_REFCNT(<PyObject *>request) > 2:
-                self.fault(request, f"{Py_REFCNT(<PyObject *>request) - 2} references to the owner are left after its end")
+            left = Py_REFCNT(<PyObject *>request) - 2
+            if not request.active and left > 0:
+                self.fault(request, f"{left} references to the owner are left after its end")
         if self.faults:
             faults, self.faults = self.faults, []
             raise AssertionError("; ".join(faults))
