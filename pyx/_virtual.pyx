@@ -22,7 +22,7 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from headrace._engine cimport Engine
@@ -41,7 +41,7 @@ cdef tuple SEGMENT_SIZES = (7, 100, 1448, 16384, 65536)
 cdef double FIRST_MOMENT = 1000.0
 
 
-class SimulationFailure(AssertionError):
+class SimulationError(AssertionError):
     """What a simulation found; the text ends with the seed that replays it."""
 
     def __init__(self, text, seed):
@@ -49,11 +49,11 @@ class SimulationFailure(AssertionError):
         self.seed = seed
 
 
-class ContractViolation(SimulationFailure):
+class ContractViolation(SimulationError):
     """Somebody broke a rule of the engine contract."""
 
 
-class Deadlock(SimulationFailure):
+class Deadlock(SimulationError):
     """Nothing can happen any more, and somebody waits without a limit."""
 
 
@@ -190,15 +190,6 @@ cdef class Socket:
         if self.listening:
             return f"<Socket {self.fd} listening at {self.address!r}, {len(self.backlog)} waiting>"
         return f"<Socket {self.fd} in {self.incoming!r} out {self.outgoing!r} {self.operations}>"
-
-
-cdef void *grow(void *array, int *capacity, size_t size) except NULL:
-    cdef int wanted = capacity[0] * 2 if capacity[0] else 64
-    cdef void *grown = realloc(array, wanted * size)
-    if grown == NULL:
-        raise MemoryError
-    capacity[0] = wanted
-    return grown
 
 
 cdef class VirtualWorld(Engine):
@@ -609,7 +600,7 @@ cdef class VirtualWorld(Engine):
         cdef int i, parent
         if self.event_count == self.event_capacity:
             if self.event_count >= EVENT_LIMIT:
-                raise SimulationFailure(f"{EVENT_LIMIT} events are on their way", self.seed)
+                raise SimulationError(f"{EVENT_LIMIT} events are on their way", self.seed)
             self.events = <Event *>grow(self.events, &self.event_capacity, sizeof(Event))
         event.at = self.clock + delay
         event.tie = self.random.next()

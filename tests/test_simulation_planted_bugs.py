@@ -1,7 +1,7 @@
 """The planted bugs: a simulator that stops catching them has rotted.
 
-Each of the twelve is caught within ``BUDGET`` seeds, by the oracle that is meant for it; the correct model passes them all. More
-seeds for the correct model: ``HEADRACE_SEEDS=20000 pytest tests/test_simulation_planted_bugs.py``.
+Each of the twelve is caught within ``BUDGET`` seeds, by the oracle that is meant for it; the correct model passes them
+all. More seeds for the correct model: ``HEADRACE_SEEDS=20000 pytest tests/test_simulation_planted_bugs.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # The world of a simulation: dice, clock, network. See _simulated for the virtual kernel on top of it.
 from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdlib cimport realloc
 
 from headrace._engine cimport Engine
 
@@ -127,4 +128,10 @@ cdef class VirtualWorld(Engine):
     cdef int mix(self, uint64_t value) noexcept
 
 
-cdef void *grow(void *array, int *capacity, size_t size) except NULL
+cdef inline void *grow(void *array, int *capacity, size_t size) except NULL:
+    cdef int wanted = capacity[0] * 2 if capacity[0] else 64
+    cdef inline void *grown = realloc(array, wanted * size)
+    if grown == NULL:
+        raise MemoryError
+    capacity[0] = wanted
+    return grown

@@ -1,8 +1,8 @@
 """Scripted peers, and the oracles that judge what becomes of them.
 
-A seed draws a few connections. Each end follows a `Script`: what it writes and when, how it reads, how it ends. The same
-scripts run over the model transport (``headrace._model``), which shows that the oracles are right, and over headrace's real
-loop and transports, which shows that those are.
+A seed draws a few connections. Each end follows a `Script`: what it writes and when, how it reads, how it ends. The
+same scripts run over the model transport (``headrace._model``), which shows that the oracles are right, and over
+headrace's real loop and transports, which shows that those are.
 
 The oracles
 -----------
@@ -31,11 +31,11 @@ from typing import Any
 
 from headrace._model import BUGS, ModelLoop
 from headrace._simulated import SimulatedEngine
-from headrace._virtual import ContractViolation, Deadlock, SeededRandom, SimulationFailure
+from headrace._virtual import ContractViolation, Deadlock, SeededRandom, SimulationError
 from headrace.protocol import Protocol
 from headrace.testing.simulation import SimulatedLoop, VirtualSocket
 
-__all__ = ["KINDS", "WORLDS", "OracleFailure", "Script", "oracle_of", "run_scenario"]
+__all__ = ["KINDS", "WORLDS", "OracleError", "Script", "oracle_of", "run_scenario"]
 
 ADDRESS = ("server", 80)
 # Virtual seconds. After abort() nothing is left to wait for but cancelled operations, each delayed by 1 ms at most.
@@ -52,7 +52,7 @@ KINDS = ("bytes", "buffered", "lease")
 WORLDS = ("model", "loop")
 
 
-class OracleFailure(SimulationFailure):
+class OracleError(SimulationError):
     """An oracle spoke up; ``oracle`` is its name."""
 
     def __init__(self, oracle: str, text: str, seed: int) -> None:
@@ -62,7 +62,7 @@ class OracleFailure(SimulationFailure):
 
 def oracle_of(error: BaseException) -> str:
     """The name of the oracle that this failure came from."""
-    if isinstance(error, OracleFailure):
+    if isinstance(error, OracleError):
         return error.oracle
     if isinstance(error, ContractViolation):
         return "contract"
@@ -82,8 +82,9 @@ class Script:
     """What one end does.
 
     ``writes`` are (delay in virtual seconds, bytes); ``ending`` is "close", "eof", "abort" or "wait"; ``reading`` is
-    "steady", "slow" (a pause after each receive) or "late" (paused at first). An ``echo`` end sends back what it receives.
-    After ``cut`` received bytes it closes, or aborts, from within the callback. ``high`` is the mark of flow control.
+    "steady", "slow" (a pause after each receive) or "late" (paused at first). An ``echo`` end sends back what it
+    receives. After ``cut`` received bytes it closes, or aborts, from within the callback. ``high`` is the mark of flow
+    control.
     With ``swap`` another protocol takes over now and then, in the middle of the stream.
     """
 
@@ -215,7 +216,9 @@ class End:
             elif not (peer.ended or peer.closed):
                 self.fail("end", "an end of stream that the peer never sent")
             elif not peer.aborted and self.received != peer.written:
-                self.fail("complete", f"{self.received} of {peer.written} bytes came before the end of the stream")
+                self.fail(
+                    "complete", f"{self.received} of {peer.written} bytes came before the end of the stream"
+                )
         keep_open = bool(self.remaining) and not self.ended
         if not keep_open:
             self.closed = True
@@ -444,7 +447,7 @@ class World:
         self.random = SeededRandom(seed ^ 0x7363656E6172696F)
         self.kind = kind
         self.waiting: dict[int, dict[bool, End]] = {}
-        self.failures: list[OracleFailure] = []
+        self.failures: list[OracleError] = []
         self.live = self.checks_left = 0
         self.connecting = 0
         self.server: Any = None
@@ -452,7 +455,7 @@ class World:
 
     def fail(self, oracle: str, text: str) -> None:
         """The first failure counts; later ones follow from it."""
-        self.failures.append(OracleFailure(oracle, text, self.seed))
+        self.failures.append(OracleError(oracle, text, self.seed))
 
     def new_end(self, server: bool) -> Any:
         """A protocol for a new end."""
@@ -528,7 +531,10 @@ class World:
                 break
         else:
             pending = "\n  ".join(self.engine.operations())
-            self.fail("liveness", f"{self.live} ends are alive after {LIMIT} virtual seconds; operations:\n  {pending}")
+            self.fail(
+                "liveness",
+                f"{self.live} ends are alive after {LIMIT} virtual seconds; operations:\n  {pending}",
+            )
         if not self.failures:
             self.judge_end()
         self.engine.check()
@@ -716,7 +722,7 @@ def run_scenario(
     options
         For `SimulatedEngine`.
 
-    Returns the engine, closed, for its counters. Raises `OracleFailure`, `ContractViolation` or `Deadlock`.
+    Returns the engine, closed, for its counters. Raises `OracleError`, `ContractViolation` or `Deadlock`.
     """
     made = (ModelWorld if world == "model" else LoopWorld)(
         seed, kind=kind, bug=bug, trace=trace is not None, **options

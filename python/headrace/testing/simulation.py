@@ -52,8 +52,8 @@ class VirtualSocket(socket.socket):
     def __repr__(self) -> str:
         return f"<VirtualSocket fd={self._number}>"
 
-    family = socket.AF_UNIX  # type: ignore[assignment]
-    type = socket.SOCK_STREAM  # type: ignore[assignment]
+    family = socket.AF_UNIX
+    type = socket.SOCK_STREAM
     proto = 0
 
     def fileno(self) -> int:
@@ -97,7 +97,7 @@ class VirtualSocket(socket.socket):
     def setblocking(self, flag: bool) -> None:
         """Has no effect: it never blocks."""
 
-    def gettimeout(self) -> float:  # type: ignore[override]
+    def gettimeout(self) -> float:
         """0.0: it never blocks."""
         return 0.0
 
@@ -143,7 +143,7 @@ class SimulatedLoop(EventLoop):
         self._start_engine()
         self._engine_stop()
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self,
         protocol_factory: Callable[[], Any],
         host: str | None = None,
@@ -261,8 +261,8 @@ def replay(seed: int, scenario: Callable[..., object] | None = None, **options: 
     seed : int
         As printed with the failure.
     scenario : callable, optional
-        Called as ``scenario(seed, trace=trace, **options)``; by default `run_scenario`. ``trace`` is a list to which the
-        scenario's engine hands its trace.
+        Called as ``scenario(seed, trace=trace, **options)``; by default `run_scenario`. ``trace`` is a list to which
+        the scenario's engine hands its trace.
     """
     if scenario is None:
         from headrace.testing.scenarios import run_scenario
@@ -276,4 +276,3 @@ def replay(seed: int, scenario: Callable[..., object] | None = None, **options: 
         shown = "\n".join(lines[-TRACE_SHOWN:])
         error.add_note(f"the last of {len(lines)} events of seed {seed}:\n{shown}")
         raise
-
