@@ -53,9 +53,7 @@ class Silent(asyncio.Protocol):
 
 
 class Stalling(BytesEcho):
-    """Its first reply takes 0.3 s, all others none."""
-
-    stalled = False
+    stalled = False  # its first reply takes 0.3 s, all others none
 
     def data_received(self, data):
         if not self.stalled:
