@@ -309,7 +309,9 @@ cdef class UringEngine(Engine):
         cdef bint incremental
         if rings and self.completion_entries == 4096 and self.ring_entries == 256:
             self.ring = rings.pop()
-        else:
+            if self.ring.pid != c_getpid():     # this is a fork's child, and the ring its parent's
+                self.ring = None
+        if self.ring is None:
             self.ring = open_ring(self.ring_entries, self.completion_entries)
         try:
             probe(self.ring)
