@@ -87,6 +87,8 @@ cdef enum:
     SEND_LIMIT = 1024 * 1024
     # Items up to this size in all are joined: one copy is cheaper than a vector.
     JOIN_LIMIT = 8 * 1024
+    # So are many that are this small on average: the kernel's work per part of a vector is more than the copy.
+    JOIN_AVERAGE = 512
     VECTOR_LENGTH = 64
     DEFAULT_HIGH_WATER = 64 * 1024
 
@@ -556,7 +558,8 @@ cdef class StreamTransport(Endpoint):
     cdef int begin_send(self) except -1:
         """Puts what is queued in flight, or as much of it as one send takes."""
         cdef Operation *send = &self.send
-        if self.queue is not None and self.buffered <= JOIN_LIMIT:
+        if self.queue is not None and (self.buffered <= JOIN_LIMIT or (
+                self.buffered <= SILENT_LIMIT and self.buffered < JOIN_AVERAGE * len(self.queue))):
             self.join_small()
         if self.queue is not None:
             self.fill_vector()
