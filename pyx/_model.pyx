@@ -194,16 +194,11 @@ cdef class ModelListener(Endpoint):
             self.loop.engine.cancel(&self.accept)
 
 
-cdef struct Held:
-    Block *block
-    char *data
-    int32_t size
-
-
 @cython.final
-cdef class Chunk:
-    # Received bytes that a paused protocol hasn't had yet; they stay in their block, as a lease does.
-    cdef Held held
+cdef class Pointer:
+    # What nobody should keep: where bytes were, in a block that was given back.
+    cdef char *data
+    cdef Py_ssize_t size
 
 
 @cython.final
@@ -218,7 +213,7 @@ cdef class ModelTransport(Endpoint):
     cdef bytes sending                 # what the send in flight refers to
     cdef bytes second_sending
     cdef Py_ssize_t queued             # bytes written and not sent
-    cdef object held                   # Chunks, while reading is paused
+    cdef object held                   # received bytes, while reading is paused
     cdef object reason                 # the exception for connection_lost
     cdef bint aloud                    # the next send mustn't be silent
     cdef bint closing, lost, gone, paused, writing_paused, eof_wanted, eof_sent, eof_seen, marked
@@ -281,7 +276,7 @@ cdef class ModelTransport(Endpoint):
         self.closing = True
         if self.loop.bug == CLOSE_BEFORE_FLUSH:
             self.drop_writes()
-        self.drop_held()
+        self.held.clear()
         if self.receive.state != IDLE:
             self.loop.engine.cancel(&self.receive)
         self.mark()
@@ -318,49 +313,44 @@ cdef class ModelTransport(Endpoint):
         return 0
 
     cdef int took(self, Completion *completion) except -1:
-        cdef Chunk chunk
+        cdef Py_ssize_t size = completion.result
+        cdef Block *block = completion.block
         if self.closing or self.lost:
             if self.loop.bug != BLOCK_LEAKED_AFTER_LOSS:
-                self.loop.engine.pool.drop(completion.block)
+                self.loop.engine.pool.drop(block)
             return 0
-        chunk = Chunk.__new__(Chunk)
-        chunk.held.block = completion.block
-        chunk.held.data = completion.data
-        chunk.held.size = completion.result
         if self.loop.bug == RELEASED_BEFORE_COPY:
-            self.loop.engine.pool.drop(completion.block)
-            chunk.held.block = NULL
-        if self.paused or self.held or self.loop.bug == RELEASED_BEFORE_COPY:
-            self.held.append(chunk)
-            if not self.paused:
-                self.loop.call_soon(self.deliver_held)
-            return 0
-        return self.hand_over(chunk)
-
-    cdef int hand_over(self, Chunk chunk) except -1:
-        cdef int32_t size = chunk.held.size
-        cdef Block *block = chunk.held.block
-        # Not beyond the end of the block: the bug is to be found by its effect, not by a page fault.
-        if self.loop.bug == ONE_BYTE_TOO_MANY and chunk.held.data + size < block.memory + block.size:
-            size += 1
-        data = PyBytes_FromStringAndSize(chunk.held.data, size)
-        if block != NULL:
             self.loop.engine.pool.drop(block)
-        return self.loop.invoke(self.protocol.data_received, (data,))
+            return self.keep_pointer(completion.data, size)
+        # Not beyond the end of the block: the bug is to be found by its effect, not by a page fault.
+        if self.loop.bug == ONE_BYTE_TOO_MANY and completion.data + size < block.memory + block.size:
+            size += 1
+        data = PyBytes_FromStringAndSize(completion.data, size)
+        self.loop.engine.pool.drop(block)
+        self.pass_on(data)
+        return 0
+
+    def pass_on(self, data):
+        if self.paused or self.held:
+            self.held.append(data)
+        elif not self.closing and not self.lost:
+            self.invoke(self.protocol.data_received, data)
+
+    cdef int keep_pointer(self, char *data, Py_ssize_t size) except -1:
+        cdef Pointer pointer = Pointer.__new__(Pointer)
+        pointer.data = data
+        pointer.size = size
+        self.loop.call_soon(self.copy_late, pointer)
+        return 0
+
+    def copy_late(self, Pointer pointer):
+        self.pass_on(PyBytes_FromStringAndSize(pointer.data, pointer.size))
 
     def deliver_held(self):
         while self.held and not self.paused and not self.closing and not self.lost:
-            self.hand_over(self.held.popleft())
+            self.invoke(self.protocol.data_received, self.held.popleft())
         if self.eof_seen and not self.held and not self.paused:
             self.tell_eof()
-
-    cdef int drop_held(self) except -1:
-        cdef Chunk chunk
-        while self.held:
-            chunk = self.held.popleft()
-            if chunk.held.block != NULL:
-                self.loop.engine.pool.drop(chunk.held.block)
-        return 0
 
     cdef int got_eof(self) except -1:
         self.eof_seen = True
@@ -469,7 +459,7 @@ cdef class ModelTransport(Endpoint):
         self.lost = True
         self.reason = reason
         self.drop_writes()
-        self.drop_held()
+        self.held.clear()
         if self.loop.bug != NOT_CANCELLED_ON_LOSS:
             for operation in (0, 1, 2):
                 self.cancel(&self.receive if operation == 0 else &self.send if operation == 1 else &self.second_send)

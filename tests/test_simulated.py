@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import errno
 import os
+import pathlib
+import ssl
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from headrace import Protocol
+from headrace import BufferPool, Protocol
 from headrace._model import ModelLoop, ModelTransport
 from headrace.testing import (
     NO_FAULTS,
@@ -345,6 +353,81 @@ def test_leases_reach_a_headrace_protocol() -> None:
 
     for seed in range(20):
         assert simulated_run(main(), seed, reset=0) == b"drop by drop"
+
+
+def self_signed(path: pathlib.Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's and a client's context, for the virtual host "echo"."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "echo")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("echo")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(private + certificate.public_bytes(pem))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(path)
+    return server, ssl.create_default_context(cafile=str(path))
+
+
+def test_tls_over_a_hard_world(tmp_path: pathlib.Path) -> None:
+    server_context, client_context = self_signed(tmp_path / "echo.pem")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1000):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(serve, "echo", 7, ssl=server_context)
+        reader, writer = await asyncio.open_connection("echo", 7, ssl=client_context)
+        sent = bytes(range(256)) * 100
+        writer.write(sent)
+        assert await reader.readexactly(len(sent)) == sent
+        writer.close()
+        server.close()
+        await asyncio.sleep(60.0)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimulatedLoop)
+        assert loop.simulated.descriptors() == []
+
+    for seed in range(20):
+        simulated_run(main(), seed, reset=0)
+
+
+# Where a seed alone seldom goes: hardly a block, hardly a descriptor, hardly a byte at a time, and all faults at once.
+EXTREMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "one block": lambda: {"pool": BufferPool(block_size=4096, target=1, maximum=1)},
+    "large blocks": lambda: {
+        "pool": BufferPool(block_size=262144, target=4, maximum=64),
+        "send_limit": 65536,
+        "receive_limit": 65536,
+        "segment": 65536,
+    },
+    "four descriptors": lambda: {"descriptors": 4},
+    "narrow pipes": lambda: {"send_limit": 16, "receive_limit": 16, "segment": 5},
+    "every fault": lambda: {
+        "faults": Faults(**(dict.fromkeys(Faults.NAMES, 0.4) | {"latency": 2e-3, "delay": 1e-3}))
+    },
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_real_transports_in_extreme_worlds(extreme: str) -> None:
+    report = run_seeds(
+        0, 40, lambda seed: run_scenario(seed, world="loop", **EXTREMES[extreme]()), stop_after=3
+    )
+    assert report.failures == []
 
 
 @pytest.mark.timeout(300)
