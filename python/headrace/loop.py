@@ -42,7 +42,8 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
     engine : {"uring", "epoll"} or Engine, optional
         Which engine executes operations. By default ``HEADRACE_ENGINE`` decides; without it, io_uring where it works
         and epoll elsewhere (one line on the ``headrace`` logger says why). An engine that is named, here or in the
-        environment, and can't start is an error: :class:`headrace.errors.EngineUnavailable`, from the first run.
+        environment, and can't start is an error: :class:`headrace.errors.EngineUnavailable`, from the first run (from
+        :func:`new_event_loop` already, if that makes the loop).
     pool : BufferPool, optional
         Where received bytes go; by default one of 8 x 256 KiB that grows to 64 MiB.
     ring_entries, completion_entries : int
@@ -299,8 +300,21 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def new_event_loop(engine: str | Engine | None = None, **options: Any) -> EventLoop:
-    """A new :class:`EventLoop`; what ``asyncio.Runner(loop_factory=headrace.new_event_loop)`` wants."""
-    return EventLoop(engine, **options)
+    """A new :class:`EventLoop`; what ``asyncio.Runner(loop_factory=headrace.new_event_loop)`` wants.
+
+    An engine that is named, here or in the environment, is tried at once. One that can't start is an error here,
+    :class:`headrace.errors.EngineUnavailable`, where nothing has begun: a loop that fails at its first run leaves tasks
+    behind that can neither run nor be cancelled.
+    """
+    loop = EventLoop(engine, **options)
+    if isinstance(engine, str) or (engine is None and os.environ.get("HEADRACE_ENGINE")):
+        try:
+            loop._start_engine()
+            loop._engine_stop()
+        except BaseException:
+            loop.close()
+            raise
+    return loop
 
 
 def run(main: Coroutine[Any, Any, T], *, engine: str | Engine | None = None, debug: bool | None = None) -> T:
@@ -314,5 +328,11 @@ def run(main: Coroutine[Any, Any, T], *, engine: str | Engine | None = None, deb
     debug : bool, optional
         asyncio's debug mode; by default what ``PYTHONASYNCIODEBUG`` says.
     """
-    with asyncio.Runner(debug=debug, loop_factory=lambda: new_event_loop(engine)) as runner:
+    runner = asyncio.Runner(debug=debug, loop_factory=lambda: new_event_loop(engine))
+    try:
+        runner.get_loop()
+    except BaseException:
+        main.close()
+        raise
+    with runner:
         return runner.run(main)
