@@ -7,10 +7,11 @@ usage: twisted_server.py PORT echo|sink|source
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from twisted.internet import epollreactor
 
-epollreactor.install()
+epollreactor.install()  # type: ignore[no-untyped-call]
 
 from twisted.internet import protocol, reactor  # noqa: E402  (the reactor is chosen by the first import)
 
@@ -18,7 +19,9 @@ BACKLOG = 4096
 CHUNK = b"\x07" * 262144
 
 
-class Server(protocol.Protocol):  # type: ignore[misc]
+class Server(protocol.Protocol):
+    transport: Any  # Twisted's own type leaves out what TCP adds
+
     def connectionMade(self) -> None:
         self.transport.setTcpNoDelay(1)  # asyncio's default
 
@@ -48,10 +51,11 @@ class Source(Server):
 
 
 def main(port: int, mode: str) -> None:
+    tcp: Any = reactor  # a module to the eye, the reactor in truth
     factory = protocol.Factory.forProtocol({"echo": Echo, "sink": Sink, "source": Source}[mode])
-    listening = reactor.listenTCP(port, factory, backlog=BACKLOG)
-    reactor.callWhenRunning(lambda: print("READY", listening.getHost().port, flush=True))
-    reactor.run()
+    listening = tcp.listenTCP(port, factory, backlog=BACKLOG)
+    tcp.callWhenRunning(lambda: print("READY", listening.getHost().port, flush=True))
+    tcp.run()
 
 
 if __name__ == "__main__":

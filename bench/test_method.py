@@ -1,0 +1,180 @@
+"""The method itself: what counts as reached, what an interval is, how rows and profiles are read."""
+
+from __future__ import annotations
+
+import random
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.callgrind import Count, compare, parse
+from bench.chart import chart
+from bench.judge import estimate, judge, targets, verdict_at_least, verdict_at_most
+from bench.peers import find_peer, standard_peers
+from bench.report import figures, markdown
+from bench.rounds import Placement, Result, Row, Settings
+from bench.suite import Playback
+
+
+def made_up(row: Row, costs: dict[str, list[float]]) -> Result:
+    """A result whose peers cost what is given, round by round."""
+    result = Result(row, Settings(), Placement(0, 1))
+    rounds = max(map(len, costs.values()))
+    for number in range(rounds):
+        measured = {
+            peer: {row.metric: values[number]} for peer, values in costs.items() if number < len(values)
+        }
+        result.rounds.append(measured)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("echo -n 100 -s 64", Row("echo", 100, 64)),
+        ("sink -s 65536 -n 10 -r 125e6", Row("sink", 10, 65536, 125e6)),
+        ("source -n 10", Row("source", 10)),
+        ("storm -n 10000", Row("storm", 10000)),
+    ],
+)
+def test_rows_are_read(text: str, row: Row) -> None:
+    assert Row.parse(text) == row
+    assert Row.parse(str(row)) == row
+
+
+@pytest.mark.parametrize("text", ["", "ping", "echo -n", "echo -x 3", "micro", "echo -n many"])
+def test_what_is_no_row(text: str) -> None:
+    with pytest.raises(ValueError, match=r"row|literal|float"):
+        Row.parse(text)
+
+
+def test_ratios_pair_within_a_round_only() -> None:
+    result = made_up(Row("echo", 100), {"uvloop": [10.0, 30.0, 12.0], "ours": [5.0, 10.0]})
+    assert result.ratios("ours", "uvloop") == [2.0, 3.0]
+    assert result.ratios("uvloop", "nobody") == []
+
+
+def test_the_interval_of_a_median() -> None:
+    chooser = random.Random(1)
+    covered = 0
+    for _ in range(100):
+        measured = estimate([chooser.gauss(1.2, 0.1) for _ in range(15)])
+        assert measured is not None
+        assert measured.low <= measured.median <= measured.high
+        covered += measured.low <= 1.2 <= measured.high
+    assert 80 <= covered <= 100  # 90 of 100 are meant; the same hundred every time
+    assert estimate([]) is None
+    assert estimate([2.0] * 15) == estimate([2.0] * 15)
+
+
+def test_verdicts() -> None:
+    sure = estimate([1.2, 1.21, 1.22] * 5)
+    unsure = estimate([1.0, 1.2, 1.4] * 5)
+    few = estimate([1.2] * 14)
+    assert sure is not None
+    assert unsure is not None
+    assert few is not None
+    assert verdict_at_least(sure, 1.15) == "reached"
+    assert verdict_at_least(sure, 1.3) == "not reached"
+    assert verdict_at_least(unsure, 1.2) == "inconclusive"
+    assert verdict_at_least(few, 1.0) == "inconclusive"
+    assert verdict_at_most(sure, 1.3) == "reached"
+    assert verdict_at_most(sure, 1.15) == "not reached"
+    assert verdict_at_most(unsure, 1.2) == "inconclusive"
+    assert verdict_at_most(few, 2.0) == "inconclusive"
+
+
+def test_a_row_is_judged_by_the_first_target_that_fits() -> None:
+    costs = {"uvloop": [10.0] * 15, "c-uring": [7.6] * 15, "headrace-uring-lease": [8.0] * 15}
+    (share,) = (
+        each for each in judge(made_up(Row("echo", 100, 64), costs)) if each.figure == "c-uring / this"
+    )
+    (ratio,) = (
+        each for each in judge(made_up(Row("echo", 100, 64), costs)) if each.figure == "uvloop / this"
+    )
+    assert (ratio.case, ratio.must, ratio.goal) == ("echo <= 1 KiB, N = 100..1,000", 1.15, 1.3)
+    assert ratio.summary == "must reached, goal not reached"
+    assert share.measured.median == pytest.approx(0.95)
+
+
+def test_where_c_is_behind_uvloop_no_more_is_asked() -> None:
+    costs = {"uvloop": [8.0] * 15, "c-epoll": [10.0] * 15, "headrace-epoll-lease": [10.0] * 15}
+    (judgement,) = judge(made_up(Row("echo", 1000, 100 * 1024), costs))
+    assert judgement.must == 0.8
+    assert judgement.must_verdict == "reached"
+
+
+def test_every_target_names_peers_that_exist() -> None:
+    peers = [*standard_peers(), "headrace-uring-streams", "headrace-epoll-streams", "uvloop-streams"]
+    for target in targets()["ratio"]:
+        assert target["reference"] in peers
+        assert target["must"] <= target.get("goal", target["must"])
+        for peer in target["peers"]:
+            find_peer(peer)
+
+
+def test_reports_hold_every_peer() -> None:
+    result = made_up(Row("echo", 100), {"uvloop": [10.0] * 3, "headrace-uring-lease": [8.0] * 3})
+    result.failures["rloop"] = "no module rloop"
+    report = markdown(result)
+    assert "1.25 (1.25..1.25)" in report
+    assert "left out: rloop: no module rloop" in report
+    assert figures(result)["ratio_uvloop"] == {
+        "uvloop": [1.0, 1.0, 1.0],
+        "headrace-uring-lease": [1.25, 1.25, 1.25],
+    }
+
+
+def test_the_chart_is_well_formed() -> None:
+    result = made_up(Row("echo", 100), {"uvloop": [10.0] * 3, "a <b> & c": [8.0] * 3})
+    root = ElementTree.fromstring(chart([result]))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a <b> & c" in words
+    assert "1.25" in words
+    assert chart([]) == ""
+
+
+def test_playback_hands_out_durations_in_order() -> None:
+    clock = Playback()
+    clock.load([0.5, 0.25])
+    clock.advance()
+    assert clock() == 0.5
+    clock.advance()
+    assert clock() == 0.75
+
+
+PROFILE = """\
+ob=(1) /usr/lib/libc.so.6
+fl=(1) ???
+fn=(1) read
+0 10
++4 5
+cob=(2) /site/headrace/_loop.cpython-311-x86_64-linux-gnu.so
+cfn=(2) turn
+calls=3 0
+* 1000
+fn=(3) write
+0
+ob=(2)
+fn=(2)
+0 300
++1 3
+cob=(1)
+calls=1 0
+0 77
+ob=(3) /site/other_headrace/_x.so
+fn=(9)
+0 1000
+"""
+
+
+def test_instructions_count_where_they_are_executed() -> None:
+    assert parse(PROFILE) == Count(modules=303, total=1318)
+
+
+def test_dearer_than_expected() -> None:
+    expected = {"tolerance": 0.03, "workloads": {"a": {"modules": 1000.0}, "b": {"modules": 1000.0}}}
+    counted = {"a": {"modules": 1029.0}, "b": {"modules": 1031.0}, "new": {"modules": 1.0}}
+    (worse,) = compare(counted, expected)
+    assert worse.startswith("b: 1031 instructions per event, +3.1%")
+    assert compare({"a": {"modules": 500.0}}, expected) == []
