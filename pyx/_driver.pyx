@@ -208,6 +208,12 @@ cdef class Driver:
         if request.operation.state != ENDING:
             self.fault(request, f"{STATES[request.operation.state]} after cancel_now")
 
+    def abandon(self):
+        """Lets go of all requests: from now on nobody but the engine keeps them alive."""
+        self.requests.clear()
+        self.ended.clear()
+        self.unchecked.clear()
+
     def state(self, int token):
         """"idle", "in flight", "parked", "suspended" or "ending"."""
         request = self.requests.get(token)

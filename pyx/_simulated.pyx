@@ -192,6 +192,7 @@ cdef class SimulatedEngine(VirtualWorld):
         free(self.parked)
         free(self.suspended)
         free(self.posted)
+        free(self.known)
 
     # ---- life -----------------------------------------------------------------------------------------------
 
@@ -238,12 +239,13 @@ cdef class SimulatedEngine(VirtualWorld):
         if self.running:
             raise EngineError("a running engine can't be closed; stop it first")
         self.closed = True
+        # The queue first: its entries point to operations, which may go with their owners.
+        self.drop_queue()
         for i in range(self.suspended_length):
             operation = self.suspended[i]
             operation.state = IDLE
             Py_DECREF(<object>operation.owner)
         self.suspended_length = 0
-        self.drop_queue()
         for i in range(self.posted_count):
             block = self.posted[i]
             block.posted = False
@@ -837,32 +839,39 @@ cdef class SimulatedEngine(VirtualWorld):
     # ---- checks ---------------------------------------------------------------------------------------------
 
     cdef int check_blocks(self) except -1:
-        """posted + queued + leased + free = allocated, and each block's references are those that are known."""
+        """posted + queued + leased + free = allocated, and each block's references are those that are known.
+
+        Between two turns nobody else holds one: what an endpoint wants to keep it makes a lease, or copies.
+        """
         cdef BufferPool pool = self.pool
         cdef Block *block
         cdef int i, free_blocks = 0, posted = 0
-        cdef int32_t known
+        while self.known_capacity < pool.slots:
+            self.known = <int32_t *>grow(self.known, &self.known_capacity, sizeof(int32_t))
+        for i in range(pool.slots):
+            self.known[i] = 0
+        for i in range(self.raw_count):
+            self.count_block(self.raw[i].block)
+        for i in range(self.first, self.last):
+            self.count_block(self.completions[i].block)
         for i in range(pool.slots):
             block = pool.blocks[i]
             if block.memory == NULL:
                 continue
-            known = <int32_t>block.leases + (1 if block.posted else 0)
             posted += block.posted
-            if block.references == 0:
-                free_blocks += 1
-            if block.references < known:
-                self.violated(f"block {i} has {block.references} references, but {known} holders are known")
-        for i in range(self.raw_count):
-            if self.raw[i].block != NULL and self.raw[i].block.references < 1:
-                self.violated(f"block {self.raw[i].block.index} was given back under a completion")
-        for i in range(self.first, self.last):
-            if self.completions[i].block != NULL and self.completions[i].block.references < 1:
-                self.violated(f"block {self.completions[i].block.index} was given back under a completion")
+            free_blocks += block.references == 0
+            self.known[i] += <int32_t>block.leases + block.posted
+            if block.references != self.known[i]:
+                self.violated(f"block {i} has {block.references} references, but {self.known[i]} holders are known")
         if free_blocks != pool.free:
             self.violated(f"{pool.free} blocks are on the idle stack, {free_blocks} have no reference")
         if posted != self.posted_count or posted != pool.posted:
             self.violated(f"{self.posted_count} blocks are posted, {posted} are marked so, the pool says {pool.posted}")
         return 0
+
+    cdef void count_block(self, Block *block) noexcept:
+        if block != NULL:
+            self.known[block.index] += 1
 
     def check(self):
         """Checks the invariants now; ``wait`` does so at each step."""

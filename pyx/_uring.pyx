@@ -10,7 +10,7 @@ Theory of operation
   (6.12) a block of 256 KiB is filled piece by piece. Whenever the kernel finishes a block, a replacement is
   posted *at once*, while reaping: before any completion in that block has been delivered.
 * A receive that finds no buffer ends with ENOBUFS and is *parked*. When blocks have come back, parked receives are
-  re-armed, the longest waiting first, and a few per posted block: re-arming everyone would only fetch ENOBUFS for everyone.
+  re-armed, the longest waiting first, and a few per posted block: re-arming all would only fetch ENOBUFS for all.
 * A silent send is sent with MSG_DONTWAIT and IOSQE_CQE_SKIP_SUCCESS: it posts a completion only when it fails or
   is cut short. It's known to have succeeded when the kernel has consumed its SQE, no completion of its own
   has come, *and* the completion queue isn't in overflow: a failure may sit in the overflow list.
@@ -29,11 +29,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memmove
 
 from headrace._engine cimport (
-    ACCEPT, ALL, CANCELLED, ENDING, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
+    ACCEPT, ALL, CANCELLED, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
     Endpoint, Engine, Operation,
 )
 from headrace._pool cimport Block, BufferPool
@@ -238,7 +238,8 @@ cdef int probe(Ring ring) except -1:
                 break
         else:
             raise EngineUnavailable(
-                f"io_uring's receive with provided buffers doesn't work here ({os.strerror(-error)}); it needs Linux 6.0"
+                f"io_uring's receive with provided buffers doesn't work here ({os.strerror(-error)}); "
+                "it needs Linux 6.0"
             )
     ring.incremental = found_incremental
     ring.capped = found_capped
@@ -291,7 +292,9 @@ cdef class UringEngine(Engine):
         if self.wake_fd < 0:
             self.wake_fd = hr_eventfd()
             if self.wake_fd < 0:
-                raise EngineUnavailable("no descriptor is left for the wake-up eventfd: raise RLIMIT_NOFILE (ulimit -n)")
+                raise EngineUnavailable(
+                    "no descriptor is left for the wake-up eventfd: raise RLIMIT_NOFILE (ulimit -n)"
+                )
         if self.ring is not None and self.ring.tid != hr_gettid():
             self.drop_ring()
         if self.ring is None:
@@ -375,6 +378,8 @@ cdef class UringEngine(Engine):
                     if not rings:
                         rings.append(ring)
             self.drop_ring()
+        # The queue first: its entries point to operations, which may go with their owners.
+        self.drop_queue()
         for i in range(<int>self.slot_capacity):    # only after a stop that failed
             if self.slots[i].operation != NULL:
                 self.suspend(self.slots[i].operation)
@@ -384,7 +389,6 @@ cdef class UringEngine(Engine):
             self.suspended[i].state = IDLE
             Py_DECREF(<object>owner)
         self.suspended_length = 0
-        self.drop_queue()
         if self.pool is not None:
             self.pool.wake_fd = -1
         if self.wake_fd >= 0:
@@ -647,8 +651,8 @@ cdef class UringEngine(Engine):
         """Moves the kernel's completions into the queue, and decides the silent sends."""
         cdef hr_ring *ring = &self.ring.raw
         cdef uint32_t head, tail
-        cdef int round
-        for round in range(OVERFLOW_ROUNDS):
+        cdef int _round
+        for _round in range(OVERFLOW_ROUNDS):
             head = ring.cq_head[0]
             tail = hr_load(ring.cq_tail)
             while head != tail:

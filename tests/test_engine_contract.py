@@ -1039,6 +1039,31 @@ def test_close_with_everything_in_flight_leaks_nothing(world: World) -> None:
         assert world.made.descriptors() == sorted((near, fd, polled, full))
 
 
+def test_close_when_nobody_else_holds_the_operations(world: World) -> None:
+    """Completions that wait for delivery point to operations that go with their owners, and those with close()."""
+    engine = world.engine()
+    driver = Driver(engine)
+    near, peer = world.pair()
+    fd, connect = world.listener()
+    driver.receive(near)
+    driver.accept(fd)
+    driver.wait(0)
+    peer.send(b"received but not delivered")
+    connect()
+    for _ in range(10_000):
+        if driver.queued >= 2:
+            break
+        driver.enter(0.001)
+    before = descriptors() if isinstance(world, Sockets) else world.made.descriptors()
+    engine.stop()
+    assert driver.queued >= 2
+    driver.abandon()
+    engine.close()
+    after = descriptors() if isinstance(world, Sockets) else world.made.descriptors()
+    assert len(after) < len(before), "the accepted connection is still open"
+    assert engine.pool.free == engine.pool.allocated
+
+
 def test_what_a_closed_engine_says(world: World) -> None:
     driver = Driver(world.engine())
     near, _ = world.pair()
