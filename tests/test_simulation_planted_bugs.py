@@ -26,7 +26,7 @@ CAUGHT_BY = {
     "released-before-copied": {"bytes"},
     "one-byte-too-many": {"bytes"},
     "reset-taken-as-clean-end": {"reset"},
-    "buffer-leaked-after-loss": {"leak"},
+    "buffer-leaked-after-loss": {"contract"},  # the sum over the blocks, at the next step
     "send-reset-swallowed": {"reset"},
     "close-before-flush": {"complete"},
     "not-cancelled-on-loss": {"liveness"},

@@ -43,6 +43,8 @@ cdef class SimulatedEngine(VirtualWorld):
     cdef int suspended_length, suspended_capacity
     cdef Block **posted                # first in, first filled
     cdef int posted_count, posted_capacity
+    cdef int32_t *known                # scratch of check_blocks: references that are accounted for, by block
+    cdef int known_capacity
     cdef bint incremental
     cdef bint woken, stopping
     cdef int real_polls                # operations on real descriptors
@@ -80,3 +82,4 @@ cdef class SimulatedEngine(VirtualWorld):
     cdef int idle(self) except -1
     # checks
     cdef int check_blocks(self) except -1
+    cdef void count_block(self, Block *block) noexcept
