@@ -3,21 +3,17 @@
 At the descriptor limit a multishot accept ends with EMFILE, and re-arming it at once would spin. So it is re-armed
 after a while (100 ms, doubling to 1 s), or as soon as a transport of this loop closes its descriptor.
 """
-import asyncio
-
+import os
 from asyncio import trsock
 from asyncio.log import logger
 
 cimport cython
 from cpython.contextvars cimport PyContext_Copy, PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
 from cpython.object cimport PyObject
-from libc.string cimport memset
 
-from headrace._engine cimport ACCEPT, IDLE, Completion, Endpoint, Operation
+from headrace._engine cimport ACCEPT, IDLE, Completion, Endpoint
 from headrace._loop cimport LoopCore
 from headrace._stream cimport StreamTransport
-
-import os
 
 cdef extern from *:
     """

@@ -27,7 +27,7 @@ from cpython.object cimport PyObject
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
-from headrace._engine cimport IDLE, POLL, Completion, Endpoint, Engine, Operation
+from headrace._engine cimport IDLE, POLL, Completion, Endpoint, Engine
 
 from headrace.errors import EngineError
 
@@ -386,9 +386,9 @@ cdef class LoopCore:
 
     cdef int run_ready(self) except -1:
         """Runs what is ready now; what gets ready meanwhile waits for the next turn, after another look at I/O."""
-        cdef Py_ssize_t i, count = len(self._ready)
+        cdef Py_ssize_t _i, count = len(self._ready)
         cdef object popleft = self._ready.popleft
-        for i in range(count):
+        for _i in range(count):
             handle = popleft()
             if self._debug:
                 self.run_watched(handle)

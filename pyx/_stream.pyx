@@ -10,8 +10,8 @@ Rules
   protocol is paused, or the socket was found full.
 * After ``pause_reading`` no callback comes. What completes all the same is held, in order, and the receive is cancelled
   when the first such completion comes: a pause that is over before any byte arrives costs nothing.
-* The end: ``closing`` (nothing more is read; queued bytes go out) -> ``ending`` (operations are cancelled) -> ``finished``
-  (all have ended; ``connection_lost`` is scheduled) -> the descriptor is closed. Each step happens once.
+* The end: ``closing`` (nothing more is read; queued bytes go out) -> ``ending`` (operations are cancelled) ->
+  ``finished`` (all have ended; ``connection_lost`` is scheduled) -> the descriptor is closed. Each step happens once.
 * Callbacks run in the context that the transport was made in, and only from ``complete`` or the ready queue: never from
   within a call the protocol makes, but for ``pause_writing``, which asyncio calls from within ``write``.
 """
@@ -31,7 +31,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from headrace._engine cimport (
-    ALL, CANCELLED, IDLE, IN_FLIGHT, MORE, RECEIVE, SEND, SILENT, Completion, Endpoint, Engine, Operation,
+    ALL, IDLE, MORE, RECEIVE, SEND, SILENT, Completion, Endpoint, Operation,
 )
 from headrace._loop cimport LoopCore
 from headrace._pool cimport Block, BufferPool, Ledger, Lease
@@ -176,9 +176,10 @@ cdef class StreamTransport(Endpoint):
         self.send.kind = SEND
         self.receive.fd = self.send.fd = fd
         if family == AF_INET or family == AF_INET6:
-            # Asked now: after a reset the kernel doesn't tell any more. Accepted sockets have NODELAY from their listener.
+            # Asked now: after a reset the kernel doesn't tell any more.
             if c_getpeername(fd, &self.peer.any, &size) != 0:
                 self.peer.any.sa_family = 0
+            # Accepted sockets have NODELAY from their listener.
             if sock is not None and type == SOCK_STREAM:
                 c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
         loop.remember(fd, self)
@@ -462,7 +463,6 @@ cdef class StreamTransport(Endpoint):
 
     cdef object check_item(self, object data):
         """bytes or a Lease that hold what is to be sent, unchanged until it's sent."""
-        cdef object base
         if type(data) is bytes or type(data) is Lease:
             return data
         if isinstance(data, bytearray):
@@ -819,7 +819,8 @@ cdef class StreamTransport(Endpoint):
         now = self.engine.unsent(self.fd)
         if self.sent_total == sent and now == unsent:
             self.force_close(StalledError(
-                f"the peer took no byte for {DRAIN_PATIENCE:g} s while the closing transport had {self.buffered} to send"
+                f"the peer took no byte for {DRAIN_PATIENCE:g} s while the closing transport had "
+                f"{self.buffered} to send"
             ))
         else:
             self.loop.call_later(DRAIN_PATIENCE, self._check_drain, self.sent_total, now)

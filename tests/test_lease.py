@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import pytest
+
 from headrace._pool import BufferPool, Lease, Ledger, Probe
 
 RELEASED = "released lease"

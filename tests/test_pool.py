@@ -13,6 +13,7 @@ import weakref
 from typing import Any
 
 import pytest
+
 from headrace._pool import BufferPool, Lease, Probe
 
 PAGE = 4096

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Self
 
-import headrace
 import pytest
+
+import headrace
 from headrace import BufferPool, EventLoop, Lease
 
 BLOCK = 64 * 1024

@@ -6,10 +6,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from headrace._pool import BufferPool, Lease, Ledger, Probe
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from headrace._pool import BufferPool, Lease, Ledger, Probe
 
 PAGE = 4096
 RELEASED = "released lease"

@@ -18,7 +18,7 @@ class EngineError(HeadraceError, RuntimeError):
     """An engine was used in a way, a process or a thread it can't be used in."""
 
 
-class EngineUnavailable(EngineError):
+class EngineUnavailable(EngineError):  # noqa: N818  # a state of the machine, not a mistake
     """An engine that was asked for by name can't start here; the text says why and what to change."""
 
 

@@ -116,7 +116,9 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         if choice is None and os.environ.get("HEADRACE_ENGINE"):
             choice, asked_by = os.environ["HEADRACE_ENGINE"], "HEADRACE_ENGINE says so"
             if choice not in ENGINES:
-                raise EngineUnavailable(f"HEADRACE_ENGINE must be one of {', '.join(ENGINES)}; not {choice!r}")
+                raise EngineUnavailable(
+                    f"HEADRACE_ENGINE must be one of {', '.join(ENGINES)}; not {choice!r}"
+                )
         if choice != "epoll":
             try:
                 self._engine_start(self._new_uring())

@@ -16,8 +16,8 @@ class Protocol(asyncio.BaseProtocol):
 
     The order of calls is ``connection_made``, then any number of ``lease_received``, then at most one
     ``eof_received``, then ``connection_lost``: once, and last. ``pause_writing`` and ``resume_writing`` come in
-    between, in turns. An exception from ``lease_received`` or ``eof_received`` is reported to the loop's exception handler and closes the
-    connection.
+    between, in turns. An exception from ``lease_received`` or ``eof_received`` is reported to the loop's exception
+    handler and closes the connection.
 
     ``asyncio.Protocol`` and ``asyncio.BufferedProtocol`` are served as well; which kind a protocol is, is decided by
     ``isinstance`` when it's connected, and again at ``transport.set_protocol``.
