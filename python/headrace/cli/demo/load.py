@@ -10,6 +10,7 @@ Unpaced, one-way connections write as long as they may, and echo connections hav
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import sys
 from collections.abc import Callable
@@ -66,6 +67,13 @@ class Load:
     def due(self, index: int) -> int:
         """When the message ``index`` of the whole run is to be sent."""
         return self.started + int(index * self.interval)
+
+    def unsent(self) -> int:
+        """Messages that were due and not sent, because this process or a full connection was in the way."""
+        if not self.paced:
+            return 0
+        due = math.ceil((self.ends - self.started) / self.interval)
+        return due - sum(connection.sent for connection in self.connections)
 
     def fail(self, text: str) -> None:
         self.failed += 1
@@ -319,7 +327,7 @@ async def generate(options: ChildOptions, channel: Channel) -> None:
         last_arrival=max((check.last_arrival for check in checks), default=0),
         received={str(check.connection): check.received for check in checks},
         sent={str(connection.number): connection.sent * options.size for connection in load.connections},
-        unsent=sum(connection.owed for connection in load.connections),
+        unsent=load.unsent(),
     )
     await channel.receive("stop")
 
