@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments`` (default: the process's own) and returns the exit status.
 
-    0: all went well. 1: the command ran, and what it checks failed. 2: it couldn't run as asked (a bad
+    0: all went well. 1: the command failed, or what it checks did. 2: it couldn't run as asked (a bad
     option, a limit of the system). 130: interrupted. Bad options raise ``SystemExit(2)``, as argparse does.
     """
     options = _parser().parse_args(arguments)
