@@ -119,6 +119,7 @@ def figures(result: Result) -> dict[str, object]:
     def as_list(measured: Estimate | None) -> list[float] | None:
         return [round(x, 4) for x in (measured.median, measured.low, measured.high)] if measured else None
 
+    shown = columns(result)
     return {
         "row": str(result.row),
         "metric": result.row.metric,
@@ -130,6 +131,10 @@ def figures(result: Result) -> dict[str, object]:
         },
         f"ratio_{LIMIT_PEER}": {
             peer: as_list(estimate(result.ratios(peer, LIMIT_PEER))) for peer in result.peers
+        },
+        "medians": {
+            peer: {key: statistics.median(values) for _, key in shown if (values := result.values(peer, key))}
+            for peer in result.peers
         },
         "verdicts": {f"{each.peer}: {each.case}: {each.figure}": each.summary for each in judge(result)},
         "left_out": dict(result.failures),

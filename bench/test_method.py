@@ -119,6 +119,10 @@ def test_reports_hold_every_peer() -> None:
     report = markdown(result)
     assert "1.25 (1.25..1.25)" in report
     assert "left out: rloop: no module rloop" in report
+    assert figures(result)["medians"] == {
+        "uvloop": {"cpu_us_per_request": 10.0},
+        "headrace-uring-lease": {"cpu_us_per_request": 8.0},
+    }
     assert figures(result)["ratio_uvloop"] == {
         "uvloop": [1.0, 1.0, 1.0],
         "headrace-uring-lease": [1.25, 1.25, 1.25],

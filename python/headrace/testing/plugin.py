@@ -26,7 +26,8 @@ It is loaded by its entry point and costs nothing until one of its fixtures is a
 ``headrace_benchmark(protocol_factory, *, engine=None, workers=1, connections=10, size=64, requests=2000, rounds=5,
 request=None, reply=None)``
     Server, load and pytest-benchmark (which must be installed) in one: a round is that many requests. CPU per
-    request and latency percentiles go to ``benchmark.extra_info``. Returns a `LoadResult` over all rounds' last.
+    request and latency percentiles of the round in the middle go to ``benchmark.extra_info`` and are returned, as a
+    `LoadResult`.
 
 ``leak_ledger`` (fixture) and ``@pytest.mark.leak_ledger``
     The test fails when it loses a lease, a descriptor or a task. The fixture's ``check()`` looks in mid-test.

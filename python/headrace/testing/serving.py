@@ -42,6 +42,7 @@ ANSWER_TIMEOUT = 10.0
 STOP_TIMEOUT = 10.0
 BACKLOG = 1024
 MOST_WORKERS = 256
+LONGEST_FAILURE = 4000  # characters; all of them together fit the control's buffer
 MOST_FAILURES = 20  # texts of exceptions that a child keeps; more are only counted
 LONGEST_LINE = 1 << 20
 
@@ -378,7 +379,9 @@ class Child:
             return
         exception = context.get("exception")
         lines = traceback.format_exception(exception) if exception else []
-        self.failures.append(f"{context.get('message', '')}\n{''.join(lines)}")
+        text = f"{context.get('message', '')}\n{''.join(lines)}"
+        # Its end says the most: where it was raised, and what.
+        self.failures.append(text if len(text) <= LONGEST_FAILURE else f"...{text[-LONGEST_FAILURE:]}")
 
 
 def child_main() -> None:
