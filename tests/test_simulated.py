@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import datetime
 import errno
 import os
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from headrace import BufferPool, Protocol
+from headrace._driver import Driver
 from headrace._model import ModelLoop, ModelTransport
 from headrace.testing import (
     NO_FAULTS,
@@ -238,6 +241,50 @@ def test_a_violation_is_raised_again_when_a_callback_swallowed_it() -> None:
         engine.check()
     with pytest.raises(ContractViolation, match="closed under its receive"):
         loop.run(lambda: False, 1.0)
+
+
+def test_memory_that_changes_while_it_is_sent_is_a_violation() -> None:
+    engine = calm(send_limit=16, receive_limit=16)
+    driver = Driver(engine)
+    near, far = engine.socketpair()
+    data = bytes(bytearray(1000))
+    driver.send(near, data)
+    driver.wait(0)
+    # Nobody but a test writes into a bytes object.
+    address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+    assert address is not None
+    ctypes.memset(address + 900, 1, 1)
+    with pytest.raises(ContractViolation, match=r"memory of send of \d+ bytes .* was changed"):
+        for _ in range(1000):
+            driver.wait(1e-3)
+            with contextlib.suppress(BlockingIOError):
+                engine.read(far)
+
+
+def test_operations_on_closed_busy_or_wrong_descriptors_are_violations() -> None:
+    def rig() -> tuple[Driver, int, int]:
+        engine = calm()
+        near, gone = engine.socketpair()
+        engine.close_virtual(gone)
+        return Driver(engine), near, gone
+
+    driver, _, gone = rig()
+    with pytest.raises(ContractViolation, match=r"receive on descriptor .* on a closed descriptor"):
+        driver.receive(gone)
+    driver, near, _ = rig()
+    driver.receive(near)
+    with pytest.raises(ContractViolation, match="two receive operations at a time"):
+        driver.receive(near)
+    driver, near, _ = rig()
+    driver.send(near, b"one")
+    with pytest.raises(ContractViolation, match="two send operations at a time"):
+        driver.send(near, b"two")
+    driver, near, _ = rig()
+    with pytest.raises(ContractViolation, match="accept on the wrong kind of descriptor"):
+        driver.accept(near)
+    driver, _, _ = rig()
+    with pytest.raises(ContractViolation, match="only a poll may be on a real descriptor"):
+        driver.receive(0)
 
 
 # ---- repeatability -------------------------------------------------------------------------------------------
