@@ -210,9 +210,10 @@ Holders = dict[int, list[Any]]  # id of a thing -> what refers to it
 def holders_of(things: list[Any], searched: Holders) -> Holders:
     """What refers to each of the things; without `things` itself, and what was found before."""
     wanted = set(map(id, things))
-    ours = {id(things), id(searched), *map(id, searched.values())}
+    asked = tuple(things)  # from 3.13 on, get_referrers finds the tuple of its own arguments
+    ours = {id(things), id(asked), id(searched), *map(id, searched.values())}
     holders: Holders = {}
-    for container in gc.get_referrers(*things):
+    for container in gc.get_referrers(*asked):
         if id(container) in ours or (
             isinstance(container, FrameType) and container.f_code.co_filename == __file__
         ):
