@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headrace._pool import BufferPool, Lease
+from headrace._stream import StreamTransport
 from headrace.errors import EngineError, EngineUnavailable, HeadraceError, StalledError
 from headrace.loop import EventLoop, new_event_loop, run
 from headrace.protocol import Protocol
@@ -16,6 +17,7 @@ __all__ = [
     "Lease",
     "Protocol",
     "StalledError",
+    "StreamTransport",
     "__version__",
     "new_event_loop",
     "run",

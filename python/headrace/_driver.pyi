@@ -1,6 +1,8 @@
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+from typing_extensions import disjoint_base
+
 from headrace._engine import Endpoint, Engine
 from headrace._pool import Lease
 
@@ -12,12 +14,14 @@ class Record(NamedTuple):
     data: bytes | None
     lease: Lease | None
 
+@disjoint_base
 class Request(Endpoint):
     @property
     def token(self) -> int: ...
     @property
     def active(self) -> bool: ...
 
+@disjoint_base
 class Driver:
     hold: bool
     again: bool

@@ -1,7 +1,11 @@
+from typing_extensions import disjoint_base
+
 from headrace._pool import BufferPool
 
+@disjoint_base
 class Endpoint: ...
 
+@disjoint_base
 class Engine:
     def __init__(self, pool: BufferPool | None = None) -> None: ...
     @property

@@ -3,17 +3,26 @@ import selectors
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVarTuple
+from typing import TypeVarTuple
+
+from _typeshed import FileDescriptorLike
+from typing_extensions import disjoint_base
 
 from headrace._engine import Endpoint, Engine
 
 _Arguments = TypeVarTuple("_Arguments")
 
 # In truth C classes whose `__class__` answers with asyncio's.
+@disjoint_base
 class Handle(asyncio.Handle): ...
+
+@disjoint_base
 class TimerHandle(asyncio.TimerHandle): ...
+
+@disjoint_base
 class SelectorWatch(Endpoint): ...
 
+@disjoint_base
 class LoopCore:
     slow_callback_duration: float
     _closed: bool
@@ -58,7 +67,7 @@ class LoopCore:
     ) -> asyncio.TimerHandle: ...
     def time(self) -> float: ...
     def _check_closed(self) -> None: ...
-    def _ensure_fd_no_transport(self, fd: Any) -> None: ...
+    def _ensure_fd_no_transport(self, fd: FileDescriptorLike) -> None: ...
     def _engine_start(self, engine: Engine) -> None: ...
     def _engine_stop(self) -> None: ...
     def _engine_close(self) -> None: ...

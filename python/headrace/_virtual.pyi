@@ -2,6 +2,8 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Final, TypeVar, final
 
+from typing_extensions import disjoint_base
+
 from headrace._engine import Engine
 
 _T = TypeVar("_T")
@@ -79,6 +81,7 @@ class Socket:
     @property
     def operations(self) -> list[str]: ...
 
+@disjoint_base
 class VirtualWorld(Engine):
     def __init__(
         self,

@@ -10,8 +10,8 @@ import signal
 import socket
 import threading
 import weakref
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from headrace._engine import Engine
 from headrace._epoll import EpollEngine
@@ -22,6 +22,9 @@ from headrace._stream import StreamTransport
 from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
 
+if TYPE_CHECKING:
+    import ssl
+
 __all__ = ["EventLoop", "new_event_loop", "run"]
 
 logger = logging.getLogger("headrace")
@@ -29,6 +32,15 @@ logger = logging.getLogger("headrace")
 T = TypeVar("T")
 
 ENGINES = ("uring", "epoll")
+
+
+class LoopOptions(TypedDict, total=False):
+    """What :func:`new_event_loop` takes besides the engine; see :class:`EventLoop`."""
+
+    pool: BufferPool | None
+    ring_entries: int
+    completion_entries: int
+
 
 # Why this process fell back to epoll: said once, not once a loop.
 _reported: set[str] = set()
@@ -209,12 +221,12 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
 
     def _make_socket_transport(
         self,
-        sock: Any,
-        protocol: Any,
-        waiter: asyncio.Future[Any] | None = None,
+        sock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None = None,
         *,
         extra: dict[str, Any] | None = None,
-        server: Any = None,
+        server: asyncio.Server | None = None,
     ) -> StreamTransport:
         self._ensure_fd_no_transport(sock)
         self._need_engine()
@@ -222,18 +234,18 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
 
     def _make_ssl_transport(
         self,
-        rawsock: Any,
-        protocol: Any,
-        sslcontext: Any,
-        waiter: asyncio.Future[Any] | None = None,
+        rawsock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        sslcontext: ssl.SSLContext,
+        waiter: asyncio.Future[None] | None = None,
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
         extra: dict[str, Any] | None = None,
-        server: Any = None,
+        server: asyncio.Server | None = None,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
-    ) -> Any:
+    ) -> asyncio.Transport:
         """asyncio's TLS, over our transport."""
         self._ensure_fd_no_transport(rawsock)
         tls = asyncio.sslproto.SSLProtocol(
@@ -256,10 +268,10 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
 
     def _start_serving(
         self,
-        protocol_factory: Any,
-        sock: Any,
-        sslcontext: Any = None,
-        server: Any = None,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        sock: socket.socket,
+        sslcontext: ssl.SSLContext | None = None,
+        server: asyncio.Server | None = None,
         backlog: int = 100,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
@@ -269,13 +281,15 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
             self, protocol_factory, sock, sslcontext, server, (ssl_handshake_timeout, ssl_shutdown_timeout)
         )
 
-    def _stop_serving(self, sock: Any) -> None:
+    def _stop_serving(self, sock: socket.socket) -> None:
         listener = self._listeners.pop(sock.fileno(), None)
         if listener is not None:
             listener.stop()
-        super()._stop_serving(sock)  # type: ignore[misc]
+        super()._stop_serving(sock)  # type: ignore[misc]  # not in typeshed
 
-    async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
+    async def _sendfile_native(
+        self, transp: StreamTransport, file: IO[bytes], offset: int, count: int | None
+    ) -> int:
         reading = transp.is_reading()
         transp.pause_reading()
         await transp._make_empty_waiter()
@@ -301,7 +315,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def new_event_loop(engine: str | Engine | None = None, **options: Any) -> EventLoop:
+def new_event_loop(engine: str | Engine | None = None, **options: Unpack[LoopOptions]) -> EventLoop:
     """A new :class:`EventLoop`; what ``asyncio.Runner(loop_factory=headrace.new_event_loop)`` wants.
 
     An engine that is named, here or in the environment, is tried at once. One that can't start is an error here,

@@ -26,7 +26,11 @@ class Protocol(asyncio.BaseProtocol):
     __slots__ = ()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands; ``transport`` is an :class:`asyncio.Transport`."""
+        """The connection stands; ``transport`` is a :class:`headrace.StreamTransport`, an :class:`asyncio.Transport`.
+
+        For type checkers: ``assert isinstance(transport, headrace.StreamTransport)`` narrows what asyncio declares, and
+        then ``transport.write(lease)`` is known to be right.
+        """
 
     def lease_received(self, lease: Lease) -> None:
         """Bytes came: ``lease`` is a read-only view of them, and this protocol's to keep.
