@@ -387,7 +387,10 @@ cdef class LoopCore:
     cdef int run_ready(self) except -1:
         """Runs what is ready now; what gets ready meanwhile waits for the next turn, after another look at I/O."""
         cdef Py_ssize_t _i, count = len(self._ready)
-        cdef object popleft = self._ready.popleft
+        cdef object popleft
+        if not count:
+            return 0
+        popleft = self._ready.popleft
         for _i in range(count):
             handle = popleft()
             if self._debug:

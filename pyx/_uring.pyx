@@ -543,6 +543,8 @@ cdef class UringEngine(Engine):
             entry.user_data = IGNORED
         elif operation.state == PARKED:
             remove(self.parked, &self.parked_length, operation)
+            if not self.parked_length:
+                self.pool.starving = False
             self.push(operation, -E_CANCELED, 0, NULL, NULL)
         elif operation.state == SUSPENDED:
             remove(self.suspended, &self.suspended_length, operation)
