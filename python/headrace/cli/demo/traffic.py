@@ -118,17 +118,20 @@ class StreamCheck:
         """The next bytes. Raises :class:`WrongBytesError`; the stream can't be checked further then."""
         at = self._at
         length = len(data)
-        if (
-            HEADER.size <= at and at + length <= self._size
-        ):  # the rest of a body, or a part of it: the usual case
-            if not self._pattern.startswith(data, self._base + at):
-                self._wrong()
-            self._at = at + length
-            if self._at == self._size:
-                self._complete()
+        # Two cases that are usual when messages are large, and far cheaper than the general one below.
+        if at == 0 and HEADER.size < length <= self._size:  # a message from its beginning
+            self._read_header(data)
+            with memoryview(data) as view, view[HEADER.size :] as body:
+                self._compare(body, HEADER.size)
+        elif HEADER.size <= at and at + length <= self._size:  # more of its body
+            self._compare(data, at)
+        else:
+            with memoryview(data) as view:
+                self._feed_pieces(view, length)
             return
-        with memoryview(data) as view:
-            self._feed_pieces(view, length)
+        self._at = at + length
+        if self._at == self._size:
+            self._complete()
 
     def _feed_pieces(self, view: memoryview, length: int) -> None:
         position = 0
@@ -138,24 +141,28 @@ class StreamCheck:
                 taken = min(HEADER.size - at, length - position)
                 self._header += view[position : position + taken]
                 if at + taken == HEADER.size:
-                    self._read_header()
+                    self._read_header(self._header)
+                    self._header.clear()
             else:
                 taken = min(self._size - at, length - position)
                 # Closed at once: a lease can't be released while something looks at it.
                 with view[position : position + taken] as piece:
-                    if not self._pattern.startswith(piece, self._base + at):
-                        self._wrong()
+                    self._compare(piece, at)
             position += taken
             self._at = at + taken
             if self._at == self._size:
                 self._complete()
 
-    def _read_header(self) -> None:
-        self._stamp, check = HEADER.unpack(self._header)
-        self._header.clear()
-        if self._stamp ^ check != _key(self.connection, self.messages):
+    def _read_header(self, data: bytes | bytearray | memoryview | Lease) -> None:
+        self._stamp, check = HEADER.unpack_from(data)
+        number = self.messages
+        if self._stamp ^ check != _key(self.connection, number):
             self._wrong()
-        self._base = _offset(self.connection, self.messages) - HEADER.size
+        self._base = _offset(self.connection, number) - HEADER.size
+
+    def _compare(self, data: bytes | bytearray | memoryview | Lease, at: int) -> None:
+        if not self._pattern.startswith(data, self._base + at):
+            self._wrong()
 
     def _complete(self) -> None:
         now = monotonic_ns()
