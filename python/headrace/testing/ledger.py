@@ -158,9 +158,20 @@ def unreleased_leases() -> list[Any]:
     """All leases that are alive and not released."""
     from headrace import Lease
 
-    known = gc.get_referents(*gc.get_objects())
+    known = referents(*gc.get_objects())
     found = {id(each): each for each in known if type(each) is Lease and not each.released}
     return list(found.values())
+
+
+def referents(*containers: object) -> list[Any]:
+    """``gc.get_referents``; of a module, only its namespace.
+
+    CPython 3.12's ``_asyncio`` shows the collector a list of free memory. For collecting that does no harm, but
+    ``get_referents`` makes references to it, gives them back, and so frees it again.
+    """
+    modules = [each for each in containers if isinstance(each, ModuleType)]
+    others = [each for each in containers if not isinstance(each, ModuleType)]
+    return gc.get_referents(*others) + [vars(module) for module in modules]
 
 
 def pending_tasks() -> list[asyncio.Task[Any]]:
@@ -218,7 +229,7 @@ def holders_of(things: list[Any], searched: Holders) -> Holders:
             isinstance(container, FrameType) and container.f_code.co_filename == __file__
         ):
             continue
-        for each in gc.get_referents(container):
+        for each in referents(container):
             if id(each) in wanted:
                 holders.setdefault(id(each), []).append(container)
     return holders
