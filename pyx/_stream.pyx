@@ -535,7 +535,7 @@ cdef class StreamTransport(Endpoint):
     cdef int queued(self, Py_ssize_t size) except -1:
         """Flow control, after `size` more bytes were queued."""
         if self.buffered > self.high and not self.protocol_paused:
-            if self.send.state == IDLE and not self.blocked and self.engine.running:
+            if self.send.state == IDLE and not self.bulk and self.engine.running:
                 self.begin_send()
                 self.engine.flush()
             if self.buffered > self.high:
@@ -568,6 +568,8 @@ cdef class StreamTransport(Endpoint):
             send.buffer = memory_of(self.first) + self.offset
             self.sending = min(size_of(self.first) - self.offset, SEND_LIMIT)
         send.length = <unsigned>self.sending
+        if self.bulk and self.buffered <= self.high:
+            self.bulk = False
         if (self.sending == self.buffered and self.buffered <= SILENT_LIMIT and not self.blocked and not self.closing
                 and not self.protocol_paused and not self.eof_written and self.empty_waiter is None):
             send.flags = SILENT
@@ -691,6 +693,8 @@ cdef class StreamTransport(Endpoint):
         elif result != -E_CANCELED and result != -E_INTR:
             self.fatal(os_error(result), "Fatal write error on socket transport")
             return 0
+        if self.blocked:
+            self.bulk = True
         if self.protocol_paused and self.buffered <= self.low:
             self.resume_protocol()
         if self.ending or self.send.state != IDLE:

@@ -67,6 +67,7 @@ cdef class StreamTransport(Endpoint):
     cdef bint held_scheduled
     cdef bint marked               # in the loop's list of what to flush
     cdef bint blocked              # the socket buffer was full
+    cdef bint bulk                 # it was, not long ago: more than the high-water mark isn't tried at once
     cdef bint protocol_paused
     cdef bint closing
     cdef bint ending               # nothing more to do but to let operations end
