@@ -47,7 +47,7 @@ def program(name: str) -> Path:
 
 def compile_program(source: Path, binary: Path) -> None:
     """Compiles ``source``; the result appears in one step, so a second run never starts half of it."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "cc"))), None)
     if not compiler:
         raise CompilerMissingError(
             f"{source.name} needs a C compiler (Debian: apt install gcc libc6-dev linux-libc-dev), "

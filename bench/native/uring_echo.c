@@ -300,10 +300,12 @@ static void fill_vectored(struct connection *connection, struct io_uring_sqe *en
     counters.vectored++;
 }
 
-/* A silent send wakes nobody, so nothing may wait for it: not the close, and no retry after a short one. */
+/* A silent send wakes nobody, so nothing may wait for it: not the close, no retry after a short one, and no
+ * notification that zero-copied memory is free. */
 static int may_be_silent(const struct connection *connection)
 {
-    return options.silent && !connection->blocked && !connection->ended && !options.own_buffers;
+    return options.silent && !connection->blocked && !connection->ended && !options.own_buffers &&
+           !options.zero_copy;
 }
 
 static void send_queue(int index)
