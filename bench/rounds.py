@@ -29,6 +29,7 @@ START_TIMEOUT = 20.0  # seconds
 STOP_TIMEOUT = 5.0
 LOAD_TIMEOUT = 30.0
 MANY_CONNECTIONS = 5000
+CHECK_SECONDS = 0.05
 
 # What a server's cost is measured in, per mode of the load generator.
 METRICS = {
@@ -294,6 +295,19 @@ class Rounds:
                 return
             yield number
 
+    def check(self, servers: dict[str, Server]) -> None:
+        """A short run against each server in which every byte that comes back is compared; it isn't measured.
+
+        Comparing in the measured runs too would cost cache that the servers share; ``Settings.verify`` does it.
+        """
+        checking = replace(self.result.settings, seconds=CHECK_SECONDS, warmup=0, verify=True)
+        for name, server in list(servers.items()):
+            try:
+                load(server, self.result.row, checking, self.result.placement.load)
+            except ServerError as failure:
+                self.result.failures[name] = str(failure)
+                del servers[name]
+
     def run(self, servers: dict[str, Server], number: int) -> None:
         measured: dict[str, Measurement] = {}
         self.result.rounds.append(measured)
@@ -365,6 +379,7 @@ def run_with_standing_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
                 servers[peer.name] = stack.enter_context(server)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)
+        rounds.check(servers)
         for number in rounds.numbers():
             rounds.run(servers, number)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
+from bench import rounds
 from bench.callgrind import Count, compare, parse
 from bench.chart import chart
 from bench.judge import estimate, judge, targets, verdict_at_least, verdict_at_most
-from bench.peers import find_peer, standard_peers
+from bench.peers import Peer, find_peer, standard_peers
 from bench.report import figures, markdown
 from bench.rounds import Placement, Result, Row, Settings
 from bench.suite import Playback
@@ -145,6 +147,35 @@ def test_playback_hands_out_durations_in_order() -> None:
     assert clock() == 0.5
     clock.advance()
     assert clock() == 0.75
+
+
+LIAR = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print("READY", listener.getsockname()[1], flush=True)
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                while data := connection.recv(65536):
+                    connection.sendall(bytes(len(data)))
+            except ConnectionError:
+                pass
+"""
+
+
+def test_a_server_that_sends_wrong_bytes_is_left_out(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "find_peer", lambda name: Peer(name, (sys.executable, "-c", LIAR)))
+    result = rounds.run_row(Row("echo", 1, 3000), ["liar"], Settings(rounds=1, seconds=0.05))
+    assert result.peers == []
+    assert "wrong bytes" in result.failures["liar"]
+
+
+def test_a_server_that_does_not_start_is_left_out(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = (sys.executable, "-c", "raise SystemExit('no such thing')")
+    monkeypatch.setattr(rounds, "find_peer", lambda name: Peer(name, broken))
+    result = rounds.run_row(Row("echo"), ["broken"], Settings(rounds=1, seconds=0.05))
+    assert "no such thing" in result.failures["broken"]
 
 
 PROFILE = """\
