@@ -29,6 +29,7 @@ cdef extern from *:
 
 cdef double RETRY_FIRST = 0.1
 cdef double RETRY_LAST = 1.0
+cdef double REPORT_INTERVAL = 60.0
 
 
 @cython.final
@@ -92,7 +93,8 @@ cdef class Listener(Endpoint):
         """No resources for another connection; it stays in the backlog."""
         if self.stopped:
             return 0
-        if self.retry_delay == RETRY_FIRST:    # once, not at each attempt
+        if self.loop.clock() >= self.report_after:    # not at each attempt
+            self.report_after = self.loop.clock() + REPORT_INTERVAL
             self.loop.call_exception_handler({
                 "message": f"accept() is out of system resources, retrying: {os.strerror(error)} "
                            "(raise RLIMIT_NOFILE, or close connections)",

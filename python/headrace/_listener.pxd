@@ -9,6 +9,7 @@ cdef class Listener(Endpoint):
     cdef int family, type, proto
     cdef int backlog
     cdef double retry_delay      # seconds; grows while descriptors are short
+    cdef double report_after     # loop time; a shortage was reported shortly before
     cdef object retry
     cdef bint stopped
 
