@@ -572,9 +572,10 @@ cdef class UringEngine(Engine):
     # ---- buffers --------------------------------------------------------------------------------------------
 
     cdef void replenish(self) noexcept:
-        """Keeps `target` blocks posted."""
+        """Keeps `target` blocks posted, or as many as the buffer ring has room for."""
         cdef Block *block
-        while self.pool.posted < self.pool.target:
+        cdef int wanted = min(self.pool.target, BUFFER_ENTRIES)
+        while self.pool.posted < wanted:
             block = self.pool.take()
             if block == NULL:
                 return
