@@ -5,7 +5,7 @@ Rules
 * One receive and one send are in flight per transport. The receive is multishot: it is armed once and goes on.
 * Writing only queues. At the end of the turn all that was queued goes out as one send: a single item as it lies, a few
   small ones joined, many as one vectored send. When the high-water mark is crossed the send is started at once,
-  and the protocol is paused only if the socket didn't take it.
+  and the protocol is paused only if the socket didn't take it; a socket that was full not long ago isn't tried.
 * A send is *silent* while nothing waits for it (see ``_engine``): not when the transport is closing, half-closing, its
   protocol is paused, or the socket was found full.
 * After ``pause_reading`` no callback comes. What completes all the same is held, in order, and the receive is cancelled

@@ -21,6 +21,7 @@ from headrace._pool import BufferPool
 from headrace._stream import StreamTransport
 from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
+from headrace.protocol import Protocol
 
 if TYPE_CHECKING:
     import ssl
@@ -247,6 +248,17 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         ssl_shutdown_timeout: float | None = None,
     ) -> asyncio.Transport:
         """asyncio's TLS, over our transport."""
+        if isinstance(protocol, Protocol):
+            error = TypeError(
+                "ssl= serves asyncio.Protocol and asyncio.BufferedProtocol: asyncio's TLS brings no leases, as "
+                f"headrace.Protocol ({type(protocol).__qualname__}) needs them"
+            )
+            # Said here as well: for an accepted connection, asyncio would say it in debug mode only.
+            self.call_exception_handler(
+                {"message": "TLS can't be served", "exception": error, "protocol": protocol}
+            )
+            rawsock.close()  # asyncio doesn't expect this to fail
+            raise error
         self._ensure_fd_no_transport(rawsock)
         tls = asyncio.sslproto.SSLProtocol(
             self,
