@@ -54,7 +54,7 @@ cdef enum:
     PRUNE_MINIMUM = 100
     # Bytes queued in one turn after which sends are started at once: large batches of freshly written memory
     # push it out of the caches, and freeing them in one go makes malloc give the memory back to the system.
-    FLUSH_BYTES = 128 * 1024
+    FLUSH_BYTES = 512 * 1024
 
 cdef double PRUNE_FRACTION = 0.5
 cdef double LONGEST_WAIT = 24 * 3600.0
