@@ -178,6 +178,10 @@ class SimulatedLoop(EventLoop):
             sock = VirtualSocket(self.simulated, self.simulated.listen((host, port), backlog=backlog))
         return await super().create_server(protocol_factory, sock=sock, backlog=backlog, **options)
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Waits for the executor's threads without a time limit: it would be in virtual time, and over at once."""
+        await super().shutdown_default_executor()
+
     def _accepted_socket(self, fd: int, *shape: int) -> socket.socket:
         return VirtualSocket(self.simulated, fd)
 
