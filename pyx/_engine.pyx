@@ -17,6 +17,7 @@ from cpython.ref cimport Py_DECREF
 from libc.errno cimport errno
 from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, realloc
+from libc.string cimport memmove
 
 from headrace._pool cimport Block, BufferPool
 
@@ -147,14 +148,17 @@ cdef class Engine:
         return 0
 
     cdef int deliver(self) except -1:
-        """Hands over what is queued now and what is queued meanwhile."""
+        """Hands over what is queued now. What is queued meanwhile waits for the next turn: a peer that answers
+        as fast as it is written to would otherwise keep timers and other callbacks waiting for as long as it likes."""
         cdef Completion completion
         cdef PyObject *owner
         cdef bint terminal
-        while self.first < self.last:
+        cdef int left = self.last - self.first
+        while left > 0 and self.first < self.last:
             # A copy: a callback may queue more, which can move the array.
             completion = self.completions[self.first]
             self.first += 1
+            left -= 1
             owner = completion.operation.owner
             terminal = not completion.flags & MORE
             if terminal:
@@ -164,7 +168,10 @@ cdef class Engine:
             finally:
                 if terminal:
                     Py_DECREF(<object>owner)
-        self.first = self.last = 0
+        self.last -= self.first
+        if self.last:
+            memmove(self.completions, self.completions + self.first, self.last * sizeof(Completion))
+        self.first = 0
         return 0
 
     cdef void drop_queue(self):
