@@ -1,8 +1,10 @@
 """Accepting: a multishot accept per listening socket.
 
 At the descriptor limit a multishot accept ends with EMFILE, and re-arming it at once would spin. So it is re-armed
-after a while (100 ms, doubling to 1 s), or as soon as a transport of this loop closes its descriptor.
+after a while (100 ms, doubling to 1 s), or as soon as a transport of this loop closes its descriptor. The same goes for
+a listening socket that is broken: another process that shares it may have shut it down.
 """
+import errno
 import os
 from asyncio import trsock
 from asyncio.log import logger
@@ -23,13 +25,20 @@ cdef extern from *:
     #include <sys/socket.h>
     """
     enum:
-        E_MFILE "EMFILE", E_NFILE "ENFILE", E_NOBUFS "ENOBUFS", E_NOMEM "ENOMEM", E_CANCELED "ECANCELED"
+        E_CANCELED "ECANCELED"
         AF_INET, AF_INET6, IPPROTO_TCP, TCP_NODELAY, SOCK_STREAM
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void *value, unsigned size) nogil
 
 cdef double RETRY_FIRST = 0.1
 cdef double RETRY_LAST = 1.0
 cdef double REPORT_INTERVAL = 60.0
+
+cdef frozenset OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+# What accept(2) says of one connection, which is gone, not of the listener.
+cdef frozenset OF_ONE_CONNECTION = frozenset((
+    errno.EAGAIN, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ENONET, errno.ENOPROTOOPT, errno.EPERM, errno.EPROTO,
+))
 
 
 @cython.final
@@ -58,7 +67,7 @@ cdef class Listener(Endpoint):
         self.arm()
 
     cdef int arm(self) except -1:
-        if self.accept.state == IDLE and not self.stopped:
+        if self.accept.state == IDLE and not self.stopped and not self.loop.engine.closed:
             self.loop.engine.submit(&self.accept)
         return 0
 
@@ -82,28 +91,38 @@ cdef class Listener(Endpoint):
                 self.loop.engine.close_descriptor(result)
                 return 0
             self.retry_delay = RETRY_FIRST
-            self.connection(result)
-        elif result == -E_MFILE or result == -E_NFILE or result == -E_NOBUFS or result == -E_NOMEM:
+            try:
+                self.connection(result)
+            finally:    # an interrupt ends that connection, not the listener
+                self.arm()
+            return 0
+        if result == -E_CANCELED:
+            return self.arm()
+        if -result not in OF_ONE_CONNECTION:
             return self.refused(-result)
-        elif result != -E_CANCELED and self.loop._debug:
+        if self.loop._debug:
             logger.debug("%r: accept failed: %s", self.server, os.strerror(-result))
         return self.arm()
 
     cdef int refused(self, int error) except -1:
-        """No resources for another connection; it stays in the backlog."""
+        """No resources for another connection, which stays in the backlog; or the listening socket is broken."""
         if self.stopped:
             return 0
-        if self.loop.clock() >= self.report_after:    # not at each attempt
-            self.report_after = self.loop.clock() + REPORT_INTERVAL
-            self.loop.call_exception_handler({
-                "message": f"accept() is out of system resources, retrying: {os.strerror(error)} "
-                           "(raise RLIMIT_NOFILE, or close connections)",
-                "exception": OSError(error, os.strerror(error)),
-                "socket": trsock.TransportSocket(self.sock),
-            })
         self.retry = self.loop.call_later(self.retry_delay, self._retry)
         self.retry_delay = min(2 * self.retry_delay, RETRY_LAST)
         self.loop.accept_starved.append(self)
+        if self.loop.clock() >= self.report_after:    # not at each attempt
+            self.report_after = self.loop.clock() + REPORT_INTERVAL
+            if error in OUT_OF_RESOURCES:
+                message = (f"accept() is out of system resources, retrying: {os.strerror(error)} "
+                           "(raise RLIMIT_NOFILE, or close connections)")
+            else:
+                message = f"accept() fails, retrying: {os.strerror(error)}"
+            self.loop.call_exception_handler({
+                "message": message,
+                "exception": OSError(error, os.strerror(error)),
+                "socket": trsock.TransportSocket(self.sock),
+            })
         return 0
 
     cdef int connection(self, int fd) except -1:
@@ -118,8 +137,8 @@ cdef class Listener(Endpoint):
         try:
             protocol = self.factory()
             transport = StreamTransport.__new__(StreamTransport)
-            transport.open(self.loop, None, fd, self.family, self.type, self.proto, self.server, None)
             transport.adopt(protocol)
+            transport.open(self.loop, None, fd, self.family, self.type, self.proto, self.server, None)
         except (SystemExit, KeyboardInterrupt):
             self.loop.engine.close_descriptor(fd)
             raise

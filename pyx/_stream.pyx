@@ -16,6 +16,7 @@ Rules
   within a call the protocol makes, but for ``pause_writing``, which asyncio calls from within ``write``.
 """
 import asyncio
+import functools
 import os
 import warnings
 from asyncio import constants, transports
@@ -123,6 +124,11 @@ cdef object os_error(int32_t result):
     return OSError(-result, os.strerror(-result))
 
 
+def data_received(protocol, data):
+    """For protocols without ``data_received``: one that only writes needs none until bytes come."""
+    protocol.data_received(data)
+
+
 cdef object address_of(headrace_address *address):
     """What the socket module makes of an IPv4 or IPv6 address; None for anything else."""
     cdef char text[INET6_ADDRSTRLEN]
@@ -144,9 +150,12 @@ cdef class StreamTransport(Endpoint):
     Made by the loop, never directly. Not thread-safe: every method belongs to the loop's thread.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        self.fd = -1
+
     def __init__(self, LoopCore loop, sock, protocol, waiter=None, extra=None, server=None):
-        self.open(loop, sock, sock.fileno(), sock.family, sock.type, sock.proto, server, extra)
         self.adopt(protocol)
+        self.open(loop, sock, sock.fileno(), sock.family, sock.type, sock.proto, server, extra)
         loop.call_soon(self._connect, waiter is None, context=self.context)
         if waiter is not None:
             # Whoever waits gets the transport before the protocol gets its first bytes: at that turn's end its wake-up
@@ -158,12 +167,12 @@ cdef class StreamTransport(Endpoint):
 
     cdef int open(self, LoopCore loop, object sock, int fd, int family, int type, int proto,
                   object server, dict extra) except -1:
+        """Takes the descriptor over, as the last step: what fails here leaves it with the caller."""
         cdef unsigned size = sizeof(headrace_address)
         cdef int on = 1
         self.loop = loop
         self.engine = loop.engine
         self.sock = sock
-        self.fd = fd
         self.family = family
         self.type = type
         self.proto = proto
@@ -182,10 +191,11 @@ cdef class StreamTransport(Endpoint):
             # Accepted sockets have NODELAY from their listener.
             if sock is not None and type == SOCK_STREAM:
                 c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
-        loop.remember(fd, self)
         if server is not None:
-            self.server = server
             attach(server, self)
+            self.server = server
+        loop.remember(fd, self)
+        self.fd = fd
         return 0
 
     cdef int adopt(self, object protocol) except -1:
@@ -199,8 +209,9 @@ cdef class StreamTransport(Endpoint):
             self.received = None
         else:
             self.kind = BYTES
-            # Looked up late when missing: a protocol that only writes needs no data_received.
             self.received = getattr(protocol, "data_received", None)
+            if self.received is None:
+                self.received = functools.partial(data_received, protocol)
         return 0
 
     def _connect(self, read):
@@ -229,7 +240,8 @@ cdef class StreamTransport(Endpoint):
             self.fatal(exc, "Fatal error: protocol.connection_made() call failed.")
         finally:
             PyContext_Exit(self.context)
-        return self.begin_reading()
+            self.begin_reading()
+        return 0
 
     # ---- receiving ------------------------------------------------------------------------------------------
 
@@ -283,11 +295,10 @@ cdef class StreamTransport(Endpoint):
             raise
         except BaseException as exc:
             self.fatal(exc, "Fatal error: protocol.eof_received() call failed.")
-            return 0
         finally:
             PyContext_Exit(self.context)
-        if not keep_open:
-            self.close()
+            if not keep_open:
+                self.close()
         return 0
 
     cdef Lease make_lease(self, Block *block, char *data, Py_ssize_t size):
@@ -320,8 +331,6 @@ cdef class StreamTransport(Endpoint):
             item = PyBytes_FromStringAndSize(data, size)
         finally:
             self.engine.pool.drop(block)
-        if self.received is None:
-            self.received = self.protocol.data_received
         return self.call(self.received, item, "data_received")
 
     cdef int call(self, object function, object argument, str name) except -1:
@@ -338,40 +347,48 @@ cdef class StreamTransport(Endpoint):
 
     cdef int pass_buffered(self, char *data, Py_ssize_t size) except -1:
         """Copies into the protocol's buffers, as many as it takes. What it doesn't want any more (paused, closed,
-        or another protocol has taken over) is held."""
-        cdef Py_buffer view
+        interrupted, or another protocol has taken over) is held."""
         cdef Py_ssize_t part
         cdef object protocol = self.protocol
-        while size and not self.paused and not self.closing and self.protocol is protocol:
-            PyContext_Enter(self.context)
-            try:
-                buffer = protocol.get_buffer(size)
-                PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
-                try:
-                    part = min(size, view.len)
-                    if part:
-                        memcpy(view.buf, data, part)
-                finally:
-                    PyBuffer_Release(&view)
-                if not part:
-                    raise RuntimeError("get_buffer() returned an empty buffer")
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as exc:
-                self.fatal(exc, "Fatal error: protocol.get_buffer() call failed.")
-                return 0
-            finally:
-                PyContext_Exit(self.context)
-            data += part
-            size -= part
-            self.call(protocol.buffer_updated, part, "buffer_updated")
-        if size and not self.closing:
-            if self.held is None:
-                self.held = []
-            # First of all that is held: this may be the head of it.
-            self.held.insert(0, self.engine.pool.copy(data, size))
-            self.schedule_held()
+        try:
+            while size and not self.paused and not self.closing and self.protocol is protocol:
+                part = self.fill_buffer(protocol, data, size)
+                data += part
+                size -= part
+                if part:
+                    self.call(protocol.buffer_updated, part, "buffer_updated")
+        finally:
+            if size and not self.closing:
+                if self.held is None:
+                    self.held = []
+                # First of all that is held: this may be the head of it.
+                self.held.insert(0, self.engine.pool.copy(data, size))
+                self.schedule_held()
         return 0
+
+    cdef Py_ssize_t fill_buffer(self, object protocol, char *data, Py_ssize_t size) except -1:
+        """Copies into the next of the protocol's buffers: how many bytes; 0: it failed, and the connection is over."""
+        cdef Py_buffer view
+        cdef Py_ssize_t part = 0
+        PyContext_Enter(self.context)
+        try:
+            buffer = protocol.get_buffer(size)
+            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            try:
+                part = min(size, view.len)
+                memcpy(view.buf, data, part)
+            finally:
+                PyBuffer_Release(&view)
+            if not part:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self.fatal(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return 0
+        finally:
+            PyContext_Exit(self.context)
+        return part
 
     # ---- paused ---------------------------------------------------------------------------------------------
 
@@ -412,28 +429,31 @@ cdef class StreamTransport(Endpoint):
         return 0
 
     cdef int pass_held(self) except -1:
-        cdef Lease lease
-        cdef object item
-        while self.held and not self.paused and not self.closing:
-            item = self.held.pop(0)
-            if type(item) is not Lease:
-                self.on_end(<int32_t>item)
-            elif self.kind == LEASES:
-                self.call(self.received, item, "lease_received")
-            elif self.kind == BUFFERED:
-                lease = item
-                self.pass_buffered(<char *>lease.data, lease.size)
-                lease.release()
+        try:
+            while self.held and not self.paused and not self.closing:
+                self.pass_item(self.held.pop(0))
+        finally:
+            if self.held:
+                self.schedule_held()
             else:
-                if self.received is None:
-                    self.received = self.protocol.data_received
-                data = bytes(item)
-                item.release()
-                self.call(self.received, data, "data_received")
-        if not self.held:
-            self.held = None
-        self.schedule_held()
-        return self.arm() if self.held is None else 0
+                self.held = None
+                self.arm()
+        return 0
+
+    cdef int pass_item(self, object item) except -1:
+        cdef Lease lease
+        if type(item) is not Lease:
+            return self.on_end(<int32_t>item)
+        if self.kind == LEASES:
+            return self.call(self.received, item, "lease_received")
+        lease = item
+        try:
+            if self.kind == BUFFERED:
+                return self.pass_buffered(<char *>lease.data, lease.size)
+            data = bytes(lease)
+        finally:
+            lease.release()
+        return self.call(self.received, data, "data_received")
 
     def pause_reading(self):
         """No callback brings bytes, or the end of the stream, until ``resume_reading``."""
@@ -542,6 +562,10 @@ cdef class StreamTransport(Endpoint):
                 return self.pause_protocol()
             if self.first is None:
                 return 0
+        return self.want_flush(size)
+
+    cdef int want_flush(self, Py_ssize_t size) except -1:
+        """Asks for a flush at the turn's end, `size` more bytes being queued. A send in flight does as well."""
         if not self.marked and self.send.state == IDLE:
             self.marked = True
             self.loop.mark(self, size)
@@ -549,11 +573,23 @@ cdef class StreamTransport(Endpoint):
 
     cdef int flush(self) except -1:
         self.marked = False
-        if self.send.state != IDLE or self.ending:
+        if self.send.state != IDLE:
             return 0
-        if self.first is None:
-            return self.drained()
-        return self.begin_send()
+        if self.ending:
+            # A silent send was under way when the end came, and has gone out.
+            self.drop_queue()
+            return self.check_finished()
+        if self.first is not None:
+            return self.begin_send()
+        if self.protocol_paused:
+            # Not here: a protocol's write may be what flushes.
+            self.loop.call_soon(self._drained)
+            return 0
+        return self.drained()
+
+    def _drained(self):
+        if self.first is None and not self.ending:
+            self.drained()
 
     cdef int begin_send(self) except -1:
         """Puts what is queued in flight, or as much of it as one send takes."""
@@ -727,9 +763,8 @@ cdef class StreamTransport(Endpoint):
         self.eof_written = True
         if self.first is None and not self.protocol_paused:
             self.drained()
-        elif not self.marked and self.send.state == IDLE:
-            self.marked = True
-            self.loop.mark(self, 0)
+        else:
+            self.want_flush(0)
 
     def can_write_eof(self):
         """True: a stream socket can be half-closed."""
@@ -740,9 +775,7 @@ cdef class StreamTransport(Endpoint):
     cdef int pause_protocol(self) except -1:
         self.protocol_paused = True
         # A send that was submitted silently must now tell when it's out: there may be nothing else to wake the loop.
-        if not self.marked and self.send.state == IDLE:
-            self.marked = True
-            self.loop.mark(self, 0)
+        self.want_flush(0)
         try:
             self.protocol.pause_writing()
         except (SystemExit, KeyboardInterrupt):
@@ -760,6 +793,8 @@ cdef class StreamTransport(Endpoint):
         try:
             self.protocol.resume_writing()
         except (SystemExit, KeyboardInterrupt):
+            # What the caller would do next, the flush does.
+            self.want_flush(0)
             raise
         except BaseException as exc:
             self.loop.call_exception_handler({
@@ -812,10 +847,12 @@ cdef class StreamTransport(Endpoint):
             return
         if self.receive.state != IDLE:
             self.engine.cancel(&self.receive)
-        if not self.marked and self.send.state == IDLE:
-            self.marked = True
-            self.loop.mark(self, 0)
-        self.loop.call_later(DRAIN_PATIENCE, self._check_drain, self.sent_total, self.engine.unsent(self.fd))
+        self.want_flush(0)
+        self.watch_drain(self.engine.unsent(self.fd))
+
+    cdef int watch_drain(self, int unsent) except -1:
+        self.drain_timer = self.loop.call_later(DRAIN_PATIENCE, self._check_drain, self.sent_total, unsent)
+        return 0
 
     def _check_drain(self, sent, unsent):
         """Gives up a peer that accepts nothing; one that accepts a little is waited for, however slow."""
@@ -828,7 +865,7 @@ cdef class StreamTransport(Endpoint):
                 f"{self.buffered} to send"
             ))
         else:
-            self.loop.call_later(DRAIN_PATIENCE, self._check_drain, self.sent_total, now)
+            self.watch_drain(now)
 
     def abort(self):
         """Closes the connection at once; what is queued is dropped."""
@@ -838,11 +875,14 @@ cdef class StreamTransport(Endpoint):
         if isinstance(exc, OSError):
             if self.loop._debug:
                 logger.debug("%r: %s", self, message, exc_info=exc)
-        else:
+            return self.force_close(exc)
+        try:
             self.loop.call_exception_handler({
                 "message": message, "exception": exc, "transport": self, "protocol": self.protocol,
             })
-        return self.force_close(exc)
+        finally:
+            self.force_close(exc)
+        return 0
 
     def _force_close(self, exc):
         self.force_close(exc)
@@ -867,6 +907,9 @@ cdef class StreamTransport(Endpoint):
             return 0
         self.ending = True
         self.reading = False
+        if self.drain_timer is not None:
+            self.drain_timer.cancel()    # it would keep this transport alive
+            self.drain_timer = None
         if not self.lost:
             self.lost = 1
         if self.receive.state != IDLE:
@@ -892,21 +935,22 @@ cdef class StreamTransport(Endpoint):
 
     def _call_connection_lost(self, exc):
         cdef object waiter = self.empty_waiter
-        cdef object server = self.server
         try:
             if self.connected:
                 self.protocol.connection_lost(exc)
         finally:
-            self.close_descriptor()
             self.protocol = self.received = None
-            if server is not None:
-                self.server = None
-                detach(server, self)
             if waiter is not None and not waiter.done():
                 waiter.set_exception(ConnectionError("Connection is closed by peer"))
+            self.let_go()
 
-    cdef int close_descriptor(self) except -1:
+    cdef int let_go(self) except -1:
+        """Gives back the descriptor, and the place among the server's connections."""
         cdef int fd = self.fd
+        cdef object server = self.server
+        if server is not None:
+            self.server = None
+            detach(server, self)
         if fd >= 0:
             self.fd = -1
             self.loop.forget(fd)
@@ -922,8 +966,10 @@ cdef class StreamTransport(Endpoint):
     def __del__(self):
         # Nothing is in flight: the engine would hold a reference.
         if self.fd >= 0:
-            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=1)
-            self.close_descriptor()
+            try:
+                warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=1)
+            finally:    # the warning may be an error
+                self.let_go()
 
     # ---- what it is -----------------------------------------------------------------------------------------
 
@@ -1007,9 +1053,8 @@ cdef class StreamTransport(Endpoint):
         self.empty_waiter = (<object>self.loop).create_future()
         if self.first is None and self.send.state == IDLE:
             self.empty_waiter.set_result(None)
-        elif not self.marked and self.send.state == IDLE:
-            self.marked = True
-            self.loop.mark(self, 0)
+        else:
+            self.want_flush(0)
         return self.empty_waiter
 
     def _reset_empty_waiter(self):

@@ -49,6 +49,7 @@ cdef class StreamTransport(Endpoint):
     cdef Ledger ledger
     cdef Vector *vector            # while a vectored send is in flight
     cdef object empty_waiter
+    cdef object drain_timer        # while a close waits for queued bytes
     cdef object error              # what ended the connection
     cdef Py_ssize_t offset         # bytes of `first` that are sent
     cdef Py_ssize_t buffered       # bytes queued and in flight
@@ -85,17 +86,20 @@ cdef class StreamTransport(Endpoint):
     cdef int on_receive(self, Completion *completion) except -1
     cdef int pass_on(self, Block *block, char *data, Py_ssize_t size) except -1
     cdef int pass_buffered(self, char *data, Py_ssize_t size) except -1
+    cdef Py_ssize_t fill_buffer(self, object protocol, char *data, Py_ssize_t size) except -1
     cdef Lease make_lease(self, Block *block, char *data, Py_ssize_t size)
     cdef int call(self, object function, object argument, str name) except -1
     cdef int hold(self, Completion *completion) except -1
     cdef int schedule_held(self) except -1
     cdef int pass_held(self) except -1
+    cdef int pass_item(self, object item) except -1
     cdef int drop_held(self) except -1
     cdef int on_end(self, int32_t result) except -1
     cdef int on_eof(self) except -1
     cdef object check_item(self, object data)
     cdef int append(self, object item, Py_ssize_t size) except -1
     cdef int queued(self, Py_ssize_t size) except -1
+    cdef int want_flush(self, Py_ssize_t size) except -1
     cdef int begin_send(self) except -1
     cdef int fill_vector(self) except -1
     cdef int join_small(self) except -1
@@ -105,9 +109,10 @@ cdef class StreamTransport(Endpoint):
     cdef int drained(self) except -1
     cdef int pause_protocol(self) except -1
     cdef int resume_protocol(self) except -1
+    cdef int watch_drain(self, int unsent) except -1
     cdef int fatal(self, object exc, str message) except -1
     cdef int force_close(self, object exc) except -1
     cdef int end(self) except -1
     cdef int check_finished(self) except -1
-    cdef int close_descriptor(self) except -1
+    cdef int let_go(self) except -1
     cdef object socket(self)
