@@ -95,7 +95,9 @@ class Buffered(Recorder, asyncio.BufferedProtocol):
 KINDS: dict[str, type[Recorder]] = {"leases": Leases, "bytes": Bytes, "buffered": Buffered}
 
 
-def sockets(family: int = socket.AF_INET, *, receive_buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
+def sockets(
+    family: int = socket.AF_INET, *, receive_buffer: int | None = None
+) -> tuple[socket.socket, socket.socket]:
     """A connected pair of blocking sockets: the accepted end, and the peer that connected to it."""
     with socket.socket(family) as listener, tempfile.TemporaryDirectory() as folder:
         address: Any = {

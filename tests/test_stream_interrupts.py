@@ -79,7 +79,7 @@ def test_an_interrupt_while_held_bytes_are_passed_on(loop: headrace.EventLoop, k
         peer.sendall(b"x")
         await protocol.seen("received")
         sending = asyncio.ensure_future(in_thread(send_all, peer, data))
-        while not loop.stats()["pool"]["outstanding"]:    # bytes are held
+        while not loop.stats()["pool"]["outstanding"]:  # bytes are held
             await asyncio.sleep(0.001)
         protocol.on["received"] = Once()
         transport.resume_reading()
