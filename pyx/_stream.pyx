@@ -947,11 +947,15 @@ cdef class StreamTransport(Endpoint):
     cdef int let_go(self) except -1:
         """Gives back the descriptor, and the place among the server's connections."""
         cdef int fd = self.fd
+        cdef unsigned size = sizeof(headrace_address)
         cdef object server = self.server
         if server is not None:
             self.server = None
             detach(server, self)
         if fd >= 0:
+            # The last chance to ask; like the peer's, it stays known.
+            if self.family in (AF_INET, AF_INET6) and c_getsockname(fd, &self.near.any, &size) != 0:
+                self.near.any.sa_family = 0
             self.fd = -1
             self.loop.forget(fd)
             if self.sock is not None:
@@ -980,7 +984,6 @@ cdef class StreamTransport(Endpoint):
 
     def get_extra_info(self, name, default=None):
         """``socket``, ``sockname``, ``peername``, or what the connection's maker has put there."""
-        cdef headrace_address address
         cdef unsigned size = sizeof(headrace_address)
         cdef object value = None
         if self.extra is not None and name in self.extra:
@@ -994,10 +997,11 @@ cdef class StreamTransport(Endpoint):
             value = address_of(&self.peer)
             if value is None and self.fd >= 0:
                 value = ask(self.socket().getpeername)
-        elif name == "sockname" and self.fd >= 0:
-            if self.family in (AF_INET, AF_INET6) and c_getsockname(self.fd, &address.any, &size) == 0:
-                value = address_of(&address)
-            else:
+        elif name == "sockname":
+            if self.fd >= 0 and self.family in (AF_INET, AF_INET6):
+                c_getsockname(self.fd, &self.near.any, &size)
+            value = address_of(&self.near)
+            if value is None and self.fd >= 0:
                 value = ask(self.socket().getsockname)
         if value is None:
             return default

@@ -785,25 +785,26 @@ def test_addresses_are_the_socket_module_s_on_both_sides(loop: EventLoop, family
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_the_peer_s_address_is_known_after_its_reset_and_after_the_end(
-    loop: EventLoop, family: int, host: str
+@pytest.mark.parametrize("ask", [True, False], ids=["asked in connection_lost", "asked after the end"])
+def test_addresses_are_known_after_a_reset_and_after_the_end(
+    loop: EventLoop, family: int, host: str, ask: bool
 ) -> None:
     async def main() -> None:
         at_the_end: list[Any] = []
-        record = Record(
-            lost=lambda record: at_the_end.extend(
+        record = Record()
+        if ask:
+            record.on["lost"] = lambda record: at_the_end.extend(
                 record.transport.get_extra_info(name) for name in ("sockname", "peername")
             )
-        )
         async with accepted(family, host, record) as (transport, peer):
             expected = [peer.getpeername(), peer.getsockname()]
             reset(peer)
             await record.lost.wait()
             assert isinstance(record.error, ConnectionResetError)
-            assert at_the_end == expected
+            assert at_the_end == (expected if ask else [])
             assert "closed" in repr(transport)
             assert transport.get_extra_info("peername") == expected[1]
-            assert transport.get_extra_info("sockname") == expected[0]  # asked for before
+            assert transport.get_extra_info("sockname") == expected[0]
             sock = transport.get_extra_info("socket")
             assert sock is None or sock.fileno() == -1
 
@@ -1384,3 +1385,163 @@ def test_200_connections_leave_everything_as_it_was(small: EventLoop, kind: str,
     small.run_until_complete(rounds(50))
     small.run_until_complete(rounds(100))
     assert now() == before
+
+
+# ---- in any order --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_of_pauses_and_protocols_keeps_every_byte_in_order(small: EventLoop, seed: int) -> None:
+    """Also the callbacks' promise: none while paused, and none from within a call."""
+    chance = random.Random(seed)
+    data = noise(1 << 20, seed)
+
+    async def main() -> None:
+        inside = False
+
+        def resume(transport: Any) -> None:
+            nonlocal inside
+            inside = True
+            transport.resume_reading()
+            inside = False
+
+        def act(record: Record) -> None:
+            transport = record.transport
+            assert transport.is_reading()
+            assert not inside, "called back from within resume_reading"
+            for _ in range(chance.randrange(3)):
+                step = chance.randrange(4)
+                if step == 0:
+                    transport.pause_reading()
+                elif step == 1:
+                    resume(transport)
+                elif step == 2:
+                    following = protocol(chance.choice(KINDS), record)
+                    following.sizes = [chance.choice((100, 5000, 100_000))]
+                    transport.set_protocol(following)
+            if not transport.is_reading():
+                if chance.randrange(2):
+                    loop.call_soon(resume, transport)
+                else:
+                    loop.call_later(chance.random() / 500, resume, transport)
+
+        loop = small
+        record = Record(data=act)
+        _, peer = await pair(protocol(chance.choice(KINDS), record))
+
+        def talk() -> None:
+            with peer:
+                start = 0
+                pieces = random.Random(seed)
+                while start < len(data):
+                    size = pieces.choice((1, 500, 3000, 40_000, 200_000))
+                    peer.sendall(data[start : start + size])
+                    start += size
+
+        await asyncio.gather(in_thread(talk), record.lost.wait())
+        assert record.data == data
+        assert record.events[-2:] == ["eof", "lost"]
+
+    small.run_until_complete(main())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
+def test_what_comes_between_two_runs_is_there_in_the_second(
+    small: EventLoop, kind: str, paused: bool
+) -> None:
+    data = noise(6 * SMALL_BLOCK)
+    state: dict[str, Any] = {}
+
+    async def first() -> None:
+        state["record"] = Record()
+        state["transport"], state["peer"] = await pair(protocol(kind, state["record"]))
+        state["peer"].sendall(data[:1000])
+        while not state["record"].data:
+            await asyncio.sleep(0)
+        if paused:
+            state["transport"].pause_reading()
+
+    async def second() -> None:
+        if paused:
+            await turns()
+            assert len(state["record"].data) == 1000
+            state["transport"].resume_reading()
+        await state["record"].lost.wait()
+
+    small.run_until_complete(first())
+    send_all(state["peer"], data[1000:])
+    small.run_until_complete(second())
+    assert state["record"].data == data
+    assert state["record"].events[-2:] == ["eof", "lost"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connection_that_is_reset_before_it_is_accepted(loop: EventLoop, kind: str) -> None:
+    """The kernel still hands it over; its protocol is told of the beginning and the end."""
+
+    async def main() -> None:
+        records: list[Record] = []
+
+        def accept() -> Any:
+            records.append(Record())
+            return protocol(kind, records[-1])
+
+        async with serving(accept) as address:
+            for _ in range(5):
+                reset(socket.create_connection(address))
+            while len(records) < 5:
+                await asyncio.sleep(0)
+            for record in records:
+                await record.lost.wait()
+                assert record.events == ["made", "lost"]
+                assert isinstance(record.error, ConnectionResetError)
+
+    loop.run_until_complete(main())
+
+
+def test_an_exception_in_a_client_s_connection_made_is_reported_as_asyncio_does(loop: EventLoop) -> None:
+    """asyncio doesn't end such a connection: the caller has its transport, and the callbacks go on."""
+
+    def fail(record: Record) -> None:
+        raise ZeroDivisionError
+
+    async def main(found: list[dict[str, Any]]) -> list[Any]:
+        record = Record(made=fail)
+        _, peer = await pair(Bytes(record))
+        send_all(peer, b"x")
+        await record.lost.wait()
+        assert record.data == b"x"
+        told = [sorted(context) for context in found]
+        found.clear()
+        return [record.events, told]
+
+    reference = asyncio.SelectorEventLoop()
+    try:
+        expected = reference.run_until_complete(main(reports(reference)))  # type: ignore[arg-type]
+    finally:
+        reference.close()
+    assert loop.run_until_complete(main(reports(loop))) == expected
+    assert expected[0] == ["made", "data", "eof", "lost"]
+
+
+def test_an_exception_after_the_end_is_still_reported(small: EventLoop) -> None:
+    found = reports(small)
+
+    def fail(record: Record) -> None:
+        record.transport.abort()
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        for kind in KINDS:
+            record = Record(data=fail)
+            _, peer = await pair(protocol(kind, record))
+            peer.sendall(noise(3 * SMALL_BLOCK))
+            await record.lost.wait()
+            await turns(2)
+            assert record.events == ["made", "data", "lost"]
+            assert [type(context["exception"]) for context in found] == [ZeroDivisionError]
+            found.clear()
+            peer.close()
+
+    small.run_until_complete(main())

@@ -59,6 +59,7 @@ cdef class StreamTransport(Endpoint):
     cdef Operation receive
     cdef Operation send
     cdef headrace_address peer
+    cdef headrace_address near     # once somebody has asked, or the descriptor is closed
     cdef int fd, family, type, proto
     cdef int lost                  # > 0: no more can be written; counts the attempts
     cdef uint8_t kind              # LEASES, BYTES or BUFFERED
