@@ -748,7 +748,7 @@ cdef class StreamTransport(Endpoint):
             self.empty_waiter.set_result(None)
         if self.closing:
             return self.end()
-        if self.eof_written and not self.shut:
+        if self.eof_written and not self.shut and self.empty_waiter is None:    # not in front of a file
             self.shut = True
             error = self.engine.shutdown_write(self.fd)
             # Not connected any more: the receive tells, and knows why.
@@ -916,6 +916,8 @@ cdef class StreamTransport(Endpoint):
             self.engine.cancel(&self.receive)
         if self.send.state != IDLE:
             self.engine.cancel(&self.send)
+        if self.borrower is not None:
+            self.borrower()
         # Queued here, so that connection_lost has the place among the ready callbacks that it has with asyncio. Engines
         # end what is cancelled in their next wait, which comes first: then it's time already.
         self.loop.call_soon(self._finish, context=self.context)
@@ -923,12 +925,16 @@ cdef class StreamTransport(Endpoint):
 
     def _finish(self):
         self.finishing = True
-        if self.receive.state == IDLE and self.send.state == IDLE:
+        if self.at_rest():
             self.finished = True
             self._call_connection_lost(self.error)
 
+    cdef bint at_rest(self) noexcept:
+        """Whether nobody uses the descriptor any more."""
+        return self.receive.state == IDLE and self.send.state == IDLE and self.borrower is None
+
     cdef int check_finished(self) except -1:
-        if self.finishing and not self.finished and self.receive.state == IDLE and self.send.state == IDLE:
+        if self.finishing and not self.finished and self.at_rest():
             self.finished = True
             self.loop.call_soon(self._call_connection_lost, self.error, context=self.context)
         return 0
@@ -1063,13 +1069,19 @@ cdef class StreamTransport(Endpoint):
 
     def _reset_empty_waiter(self):
         self.empty_waiter = None
+        if self.eof_written and not self.ending:
+            self.want_flush(0)
 
-    def _lend_descriptor(self, lend):
-        """While sendfile has it, the loop's ``sock_*`` methods may use the descriptor."""
-        if lend:
-            self.loop.forget(self.fd)
-        elif self.fd >= 0:
-            self.loop.remember(self.fd, self)
+    def _lend_descriptor(self, stop):
+        """For sendfile: the loop's ``sock_*`` methods may use the descriptor until it's given back. When the transport
+        ends, it calls ``stop`` and waits for that."""
+        self.loop.forget(self.fd)
+        self.borrower = stop
+
+    def _take_back_descriptor(self):
+        self.borrower = None
+        self.loop.remember(self.fd, self)
+        self.check_finished()
 
     def __repr__(self):
         if self.fd < 0:

@@ -50,6 +50,7 @@ cdef class StreamTransport(Endpoint):
     cdef Vector *vector            # while a vectored send is in flight
     cdef object empty_waiter
     cdef object drain_timer        # while a close waits for queued bytes
+    cdef object borrower           # while sendfile uses the descriptor: what ends that
     cdef object error              # what ended the connection
     cdef Py_ssize_t offset         # bytes of `first` that are sent
     cdef Py_ssize_t buffered       # bytes queued and in flight
@@ -114,6 +115,7 @@ cdef class StreamTransport(Endpoint):
     cdef int fatal(self, object exc, str message) except -1
     cdef int force_close(self, object exc) except -1
     cdef int end(self) except -1
+    cdef bint at_rest(self) noexcept
     cdef int check_finished(self) except -1
     cdef int let_go(self) except -1
     cdef object socket(self)

@@ -90,7 +90,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         self._ring_entries = ring_entries
         self._completion_entries = completion_entries
         self._reason = ""
-        self._listeners: dict[int, Listener] = {}
+        self._listeners: dict[socket.socket, Listener] = {}
         self._previous_wakeup_fd: int | None = None
         _loops.add(self)
 
@@ -276,7 +276,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
 
     def _accepted_socket(self, fd: int, family: int, type: int, proto: int) -> socket.socket:
         """A socket object for an accepted descriptor; made only when somebody asks for it."""
-        return socket.socket(family, type, proto, fileno=fd)
+        return socket.socket(family, type | socket.SOCK_NONBLOCK, proto, fileno=fd)
 
     def _start_serving(
         self,
@@ -289,12 +289,12 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         ssl_shutdown_timeout: float | None = None,
     ) -> None:
         self._need_engine()
-        self._listeners[sock.fileno()] = Listener(
+        self._listeners[sock] = Listener(
             self, protocol_factory, sock, sslcontext, server, (ssl_handshake_timeout, ssl_shutdown_timeout)
         )
 
     def _stop_serving(self, sock: socket.socket) -> None:
-        listener = self._listeners.pop(sock.fileno(), None)
+        listener = self._listeners.pop(sock, None)
         if listener is not None:
             listener.stop()
         super()._stop_serving(sock)  # type: ignore[misc]  # not in typeshed
@@ -304,15 +304,32 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
     ) -> int:
         reading = transp.is_reading()
         transp.pause_reading()
-        await transp._make_empty_waiter()
-        transp._lend_descriptor(True)
         try:
-            return await self.sock_sendfile(transp._sock, file, offset, count, fallback=False)
+            await transp._make_empty_waiter()
+            if transp.is_closing():
+                raise ConnectionError("the transport was closed before sendfile began")
+            return await self._sendfile_lent(transp, file, offset, count)
         finally:
-            transp._lend_descriptor(False)
             transp._reset_empty_waiter()
             if reading:
                 transp.resume_reading()
+
+    async def _sendfile_lent(
+        self, transp: StreamTransport, file: IO[bytes], offset: int, count: int | None
+    ) -> int:
+        """``sock_sendfile`` on a transport's descriptor; the transport's end stops it before the descriptor goes."""
+        task = asyncio.current_task()
+        assert task is not None
+        transp._lend_descriptor(lambda: sending.cancel())
+        sending = self.create_task(self.sock_sendfile(transp._sock, file, offset, count, fallback=False))
+        try:
+            return await sending
+        except asyncio.CancelledError:
+            if transp.is_closing() and not task.cancelling():
+                raise ConnectionError("the transport was closed during sendfile") from None
+            raise
+        finally:
+            transp._take_back_descriptor()
 
 
 _loops: weakref.WeakSet[EventLoop] = weakref.WeakSet()
