@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format types docs build coverage asan conformance dist clean distclean
+.PHONY: help demo test bench lint format docs build coverage asan conformance dist clean distclean
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\): *##/\1	/p' $(MAKEFILE_LIST) | expand -t 14
