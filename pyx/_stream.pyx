@@ -124,7 +124,7 @@ cdef object os_error(int32_t result):
     return OSError(-result, os.strerror(-result))
 
 
-def data_received(protocol, data):
+def _data_received(protocol, data):
     """For protocols without ``data_received``: one that only writes needs none until bytes come."""
     protocol.data_received(data)
 
@@ -211,7 +211,7 @@ cdef class StreamTransport(Endpoint):
             self.kind = BYTES
             self.received = getattr(protocol, "data_received", None)
             if self.received is None:
-                self.received = functools.partial(data_received, protocol)
+                self.received = functools.partial(_data_received, protocol)
         return 0
 
     def _connect(self, read):
