@@ -18,6 +18,7 @@ import asyncio
 import importlib
 import json
 import platform
+import signal
 import subprocess
 import sys
 import unittest
@@ -259,6 +260,9 @@ def judge(options: Any, results: list[looptest.Result], failures: list[str]) -> 
 
 
 def main() -> int:
+    # A shell's background job ignores SIGINT, and so would the workers, which interrupt themselves.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     options = looptest.parser(__doc__ or "").parse_args()
     if options.list:
         print("\n".join(SUITES))
