@@ -297,7 +297,8 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         listener = self._listeners.pop(sock, None)
         if listener is not None:
             listener.stop()
-        super()._stop_serving(sock)  # type: ignore[misc]  # not in typeshed
+        if sock.fileno() >= 0:  # not closed by its owner
+            super()._stop_serving(sock)  # type: ignore[misc]  # not in typeshed
 
     async def _sendfile_native(
         self, transp: StreamTransport, file: IO[bytes], offset: int, count: int | None
