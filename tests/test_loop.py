@@ -143,12 +143,15 @@ def test_each_callback_has_its_context(loop: headrace.EventLoop) -> None:
     assert variable.get() == "later"
 
 
-def test_a_context_that_is_entered_already_is_reported(loop: headrace.EventLoop) -> None:
+def test_a_context_that_is_entered_already_is_reported(
+    loop: headrace.EventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
     found = reports(loop)
     context = contextvars.copy_context()
     loop.call_soon(pytest.fail, context=context)
     context.run(run_turns, loop)
-    assert [type(report["exception"]) for report in found] == [RuntimeError]
+    # Since 3.12 asyncio calls the handler in the same context, can't, and logs instead.
+    assert "is already entered" in "".join(str(report["exception"]) for report in found) + caplog.text
 
 
 # ---- handles -------------------------------------------------------------------------------------------------
