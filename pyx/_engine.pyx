@@ -111,6 +111,9 @@ cdef class Engine:
         # Linux closes the descriptor even when close() says EINTR; a second try might hit somebody else's.
         return 0 if c_close(fd) == 0 else -errno
 
+    cdef void forget_descriptor(self, int fd) noexcept:
+        pass
+
     cdef int shutdown_write(self, int fd) noexcept:
         return 0 if c_shutdown(fd, SHUT_WR) == 0 else -errno
 

@@ -381,7 +381,7 @@ cdef class EpollEngine(Engine):
             self.set(EPOLL_CTL_MOD if wanted else EPOLL_CTL_DEL, fd, wanted)
             entry.registered = wanted
 
-    cdef void forget(self, int fd) noexcept:
+    cdef void forget_descriptor(self, int fd) noexcept:
         """The descriptor is closed, or new."""
         cdef Entry *entry
         if fd < self.table_size:
@@ -399,7 +399,7 @@ cdef class EpollEngine(Engine):
             # close() alone doesn't unregister a file that has another descriptor, after dup() or in a child.
             if entry.registered and self.epoll_fd >= 0:
                 self.set(EPOLL_CTL_DEL, fd, 0)
-            self.forget(fd)
+            self.forget_descriptor(fd)
         self.calls += 1
         return Engine.close_descriptor(self, fd)
 
@@ -615,7 +615,7 @@ cdef class EpollEngine(Engine):
             self.calls += 1
             fd = hr_accept(operation.fd)
             if fd >= 0:
-                self.forget(fd)
+                self.forget_descriptor(fd)
                 self.push(operation, fd, MORE, NULL, NULL)
             elif fd == -E_AGAIN:
                 return 0

@@ -847,6 +847,9 @@ cdef class StreamTransport(Endpoint):
             return
         if self.receive.state != IDLE:
             self.engine.cancel(&self.receive)
+        if self.send.state != IDLE and self.send.flags & ALL:
+            # It would tell of no progress; the rest is sent anew, so that it does.
+            self.engine.cancel(&self.send)
         self.want_flush(0)
         self.watch_drain(self.engine.unsent(self.fd))
 
@@ -964,9 +967,11 @@ cdef class StreamTransport(Endpoint):
                 self.near.any.sa_family = 0
             self.fd = -1
             self.loop.forget(fd)
-            if self.sock is not None:
-                self.sock.detach()
-            self.engine.close_descriptor(fd)
+            if self.sock is not None and self.sock.detach() < 0:
+                # The socket object was closed, or collected together with this transport before it.
+                self.engine.forget_descriptor(fd)
+            else:
+                self.engine.close_descriptor(fd)
             self.loop.descriptor_closed()
         return 0
 

@@ -104,3 +104,6 @@ cdef class Engine:
     cpdef close(self)                # any thread, not running: every operation is dropped
     cpdef forked(self)               # in a child process: descriptors are closed, nothing else is touched
     cpdef wake(self)                 # any thread
+
+    # Somebody else has closed it: the number may be another file's by now.
+    cdef void forget_descriptor(self, int fd) noexcept
