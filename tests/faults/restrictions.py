@@ -7,9 +7,8 @@ import os
 import resource
 import struct
 
-__all__ = ["NOBODY", "become_nobody", "deny_io_uring"]
+__all__ = ["become_nobody", "deny_io_uring"]
 
-NOBODY = 65534
 IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture since Linux 5.1
 
 _PR_SET_SECCOMP = 22
@@ -58,5 +57,7 @@ def become_nobody(locked_memory: int | None = None) -> None:
     if locked_memory is not None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (locked_memory, locked_memory))
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    # A user of its own: locked memory is counted per user, and other tests may be at it at the same time.
+    nobody = 100_000 + os.getpid()
+    os.setresgid(nobody, nobody, nobody)
+    os.setresuid(nobody, nobody, nobody)
