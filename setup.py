@@ -59,6 +59,13 @@ if asan:
 jobs = int(os.environ.get("HEADRACE_JOBS", "0")) or os.cpu_count() or 1
 present = [name for name in MODULES if os.path.exists(f"pyx/{name}.pyx")]
 
+# Cython looks for a module's own .pxd beside its .pyx only, and wouldn't notice that it has changed.
+for name in present:
+    generated, interface = f"build/cython/pyx/{name}.c", f"python/headrace/{name}.pxd"
+    if os.path.exists(generated) and os.path.exists(interface):
+        if os.path.getmtime(interface) > os.path.getmtime(generated):
+            os.unlink(generated)
+
 extensions = cythonize(
     [
         Extension(

@@ -204,6 +204,28 @@ cdef class SelectorWatch(Endpoint):
         return 0
 
 
+@cython.final
+cdef class ReadWait(Endpoint):
+    """Polls a descriptor that the user owns, once, for the coroutine that awaits ``future``.
+
+    Nothing is received here: whoever is cancelled between the completion and the resumption has lost nothing.
+    """
+    cdef Engine engine
+    cdef Operation poll
+    cdef readonly object future
+
+    cdef int complete(self, Completion *completion) except -1:
+        # An error too: the system call that follows says which one.
+        if not self.future.done():
+            self.future.set_result(None)
+        return 0
+
+    def cancel(self):
+        """To be called when ``future`` isn't awaited any more; the descriptor is let go within the turn."""
+        if self.poll.state != IDLE:
+            self.engine.cancel(&self.poll)
+
+
 cdef class LoopCore:
     """What of the event loop runs per event. Not used by itself: see ``headrace.EventLoop``."""
 
@@ -416,6 +438,20 @@ cdef class LoopCore:
         cdef double took = self.clock() - began
         if took >= self.slow_callback_duration:
             logger.warning("Executing %s took %.3f seconds", asyncio.base_events._format_handle(handle), took)
+
+    def _poll_readable(self, int fd):
+        """A ReadWait on ``fd``, or None where the inherited selector has to do."""
+        cdef ReadWait wait
+        if not self.engine.polls_freely:
+            return None
+        wait = ReadWait.__new__(ReadWait)
+        wait.engine = self.engine
+        wait.future = self.create_future()
+        wait.poll.owner = <PyObject *>wait
+        wait.poll.kind = POLL
+        wait.poll.fd = fd
+        self.engine.submit(&wait.poll)
+        return wait
 
     # ---- what transports need -------------------------------------------------------------------------------
 

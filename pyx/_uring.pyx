@@ -266,6 +266,7 @@ cdef class UringEngine(Engine):
     def __init__(self, BufferPool pool=None, *, unsigned ring_entries=256, unsigned completion_entries=4096,
                  incremental=None):
         self.name = "uring"
+        self.polls_freely = True
         self.pool = pool
         self.ring_entries = ring_entries
         self.completion_entries = completion_entries

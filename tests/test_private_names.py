@@ -31,6 +31,8 @@ PACKAGE = ROOT / "python/headrace"
 # On an instance of asyncio.SelectorEventLoop: inherited, called or overridden.
 LOOP = {
     "_accept_connection2",
+    "_add_reader",
+    "_add_writer",
     "_check_callback",
     "_check_closed",
     "_check_running",

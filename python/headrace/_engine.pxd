@@ -73,6 +73,8 @@ cdef class Engine:
     cdef readonly BufferPool pool
     cdef readonly bint running     # between start() and stop()
     cdef readonly bint closed
+    # Whether any number of POLLs may be on a descriptor, also on one that its owner may close meanwhile.
+    cdef readonly bint polls_freely
     cdef Completion *completions   # completions[first:last] wait to be delivered
     cdef int first, last, capacity
     cdef readonly long long waits, submitted, completed, calls, parked_count, silent_sends, silent_failures

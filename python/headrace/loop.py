@@ -16,12 +16,12 @@ from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 from headrace._engine import Engine
 from headrace._epoll import EpollEngine
 from headrace._listener import Listener
-from headrace._loop import LoopCore
 from headrace._pool import BufferPool
 from headrace._stream import StreamTransport
 from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
 from headrace.protocol import Protocol
+from headrace.sockets import SocketOperations
 
 if TYPE_CHECKING:
     import ssl
@@ -47,7 +47,7 @@ class LoopOptions(TypedDict, total=False):
 _reported: set[str] = set()
 
 
-class EventLoop(LoopCore, asyncio.SelectorEventLoop):
+class EventLoop(SocketOperations):
     """A complete asyncio event loop over a completion engine.
 
     Parameters
