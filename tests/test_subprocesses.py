@@ -289,12 +289,8 @@ def test_a_kernel_or_filter_without_pidfds(
     used: list[bool] = []
     monkeypatch.setattr(os, missing, denied)
     monkeypatch.setattr(loop._child_processes, "start", lambda *args, **options: used.append(True))
-    subprocesses.can_wait_on_pidfd.cache_clear()
-    try:
-        assert not subprocesses.can_wait_on_pidfd()
-        assert loop.run_until_complete(main()) == 6
-    finally:
-        subprocesses.can_wait_on_pidfd.cache_clear()
+    assert not subprocesses.can_wait_on_pidfd()
+    assert loop.run_until_complete(main()) == 6
     assert not used
 
 

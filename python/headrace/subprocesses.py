@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import asyncio.events
 import asyncio.unix_events
-import functools
 import os
 from asyncio.log import logger
 from typing import Any
@@ -22,9 +21,11 @@ __all__ = ["ChildProcesses", "can_wait_on_pidfd", "program_has_child_watcher"]
 UNKNOWN_STATUS = 255
 
 
-@functools.cache
 def can_wait_on_pidfd() -> bool:
-    """Whether this kernel has what is needed, and allows it (seccomp). Tried once, on this process itself."""
+    """Whether this kernel has what is needed, and allows it (seccomp): tried on this process itself.
+
+    Each time: it's three system calls, against the thousands of a fork.
+    """
     try:
         pidfd = os.pidfd_open(os.getpid())
     except (AttributeError, OSError):
