@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +35,12 @@ async def shell(command: str, **options: Any) -> asyncio.subprocess.Process:
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread may be started: asyncio's own way on 3.11 is one for each process."""
     monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail(f"{self} was started"))
+
+
+def replace_pidfd_open(monkeypatch: pytest.MonkeyPatch, replacement: Callable[[int], int]) -> None:
+    """For child processes; this process's own is what the loop tries whether it works."""
+    real = os.pidfd_open
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: real(pid) if pid == os.getpid() else replacement(pid))
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ def test_a_process_that_has_ended_before_it_is_looked_at(
     async def main() -> int:
         return await (await shell("exit 9")).wait()
 
-    monkeypatch.setattr(os, "pidfd_open", late)
+    replace_pidfd_open(monkeypatch, late)
     assert loop.run_until_complete(main()) == 9
 
 
@@ -146,7 +152,7 @@ def test_a_status_that_somebody_else_took(
     async def main() -> int:
         return await (await shell("exit 9")).wait()
 
-    monkeypatch.setattr(os, "pidfd_open", late)
+    replace_pidfd_open(monkeypatch, late)
     assert loop.run_until_complete(main()) == 255
     assert "its status was taken elsewhere" in caplog.text
 
@@ -266,7 +272,7 @@ def test_out_of_descriptors_a_thread_waits(
         return await (await shell("exit 5")).wait()
 
     assert subprocesses.can_wait_on_pidfd()
-    monkeypatch.setattr(os, "pidfd_open", full)
+    replace_pidfd_open(monkeypatch, full)
     assert loop.run_until_complete(main()) == 5
     assert "a thread waits for it: [Errno 24]" in caplog.text
 
