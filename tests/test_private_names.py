@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import asyncio.base_events
+import asyncio.base_subprocess
 import asyncio.constants
 import asyncio.events
 import asyncio.format_helpers
@@ -17,6 +18,7 @@ import asyncio.futures
 import asyncio.selector_events
 import asyncio.sslproto
 import asyncio.transports
+import asyncio.unix_events
 import inspect
 import re
 import sys
@@ -44,6 +46,7 @@ LOOP = {
     "_ensure_fd_no_transport",
     "_make_socket_transport",
     "_make_ssl_transport",
+    "_make_subprocess_transport",
     "_process_events",
     "_ready",
     "_run_once",
@@ -91,16 +94,22 @@ TRANSPORT = {
     "_start_tls_compatible",
 }
 SERVER = {"_attach", "_detach"}
+# On asyncio's transport of a child process.
+PROCESS = {"_proc", "_process_exited", "_wait"}
 MODULES = {
     asyncio.base_events: {"_format_handle"},
     asyncio.constants: {"_SendfileMode"},
+    asyncio.events: {"_event_loop_policy"},
     asyncio.format_helpers: {"_format_callback_source"},
     asyncio.futures: {"_set_result_unless_cancelled"},
     asyncio.transports: {"_FlowControlMixin"},
+    asyncio.unix_events: {"_UnixSubprocessTransport"},
 }
 TLS = {"_app_transport"}
+# On asyncio's own policy, until 3.13.
+POLICY = {"_watcher"}
 
-LISTED = LOOP | HANDLE | TRANSPORT | SERVER | TLS | set().union(*MODULES.values())
+LISTED = LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | TLS | POLICY | set().union(*MODULES.values())
 
 
 def is_private(name: str) -> bool:
@@ -171,6 +180,16 @@ def test_transport(name):
 @pytest.mark.parametrize("name", sorted(SERVER))
 def test_server(name):
     assert hasattr(asyncio.base_events.Server, name)
+
+
+@pytest.mark.parametrize("name", sorted(PROCESS))
+def test_process(name):
+    assert name in defined_by(asyncio.base_subprocess)
+
+
+@pytest.mark.parametrize("name", sorted(POLICY))
+def test_policy(name):
+    assert name in defined_by(asyncio.unix_events)
 
 
 @pytest.mark.parametrize(

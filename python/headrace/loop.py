@@ -22,6 +22,7 @@ from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
 from headrace.protocol import Protocol
 from headrace.sockets import SocketOperations
+from headrace.subprocesses import ChildProcesses, can_wait_on_pidfd, program_has_child_watcher
 
 if TYPE_CHECKING:
     import ssl
@@ -91,6 +92,7 @@ class EventLoop(SocketOperations):
         self._completion_entries = completion_entries
         self._reason = ""
         self._listeners: dict[socket.socket, Listener] = {}
+        self._child_processes = ChildProcesses(self)
         self._previous_wakeup_fd: int | None = None
         _loops.add(self)
 
@@ -205,6 +207,7 @@ class EventLoop(SocketOperations):
             return
         self._engine_close()
         super().close()
+        self._child_processes.close()
         _loops.discard(self)
 
     def _forked_child(self) -> None:
@@ -217,6 +220,17 @@ class EventLoop(SocketOperations):
             if sock is not None:
                 sock.close()
         self._ssock = self._csock = None
+        self._child_processes.close()
+
+    # ---- child processes -------------------------------------------------------------------------------------
+
+    async def _make_subprocess_transport(
+        self, protocol: asyncio.SubprocessProtocol, *args: Any, **options: Any
+    ) -> asyncio.SubprocessTransport:
+        if program_has_child_watcher() or not can_wait_on_pidfd():
+            inherited = super()._make_subprocess_transport  # type: ignore[misc]  # not in typeshed
+            return await inherited(protocol, *args, **options)  # type: ignore[no-any-return]
+        return await self._child_processes.start(protocol, *args, **options)
 
     # ---- transports ------------------------------------------------------------------------------------------
 
