@@ -4,7 +4,8 @@ Rules
 -----
 * One receive and one send are in flight per transport. The receive is multishot: it is armed once and goes on.
 * Writing only queues. At the end of the turn all that was queued goes out as one send: a single item as it lies, a few
-  small ones joined, many as one vectored send. When the high-water mark is crossed the send is started at once,
+  small ones joined, many as one vectored send. When the high-water mark is crossed the send is started at once (of
+  leases, a good deal above it: see SLACK),
   and the protocol is paused only if the socket didn't take it; a socket that was full not long ago isn't tried.
 * A send is *silent* while nothing waits for it (see ``_engine``): not when the transport is closing, half-closing, its
   protocol is paused, or the socket was found full.
@@ -92,6 +93,8 @@ cdef enum:
     JOIN_AVERAGE = 512
     VECTOR_LENGTH = 64
     DEFAULT_HIGH_WATER = 64 * 1024
+    # So far above the high-water mark a write may go before it's tried at once, and not at the end of the turn.
+    SLACK = SILENT_LIMIT - DEFAULT_HIGH_WATER
 
 # close() gives up when the peer took no byte for so long (seconds).
 cdef double DRAIN_PATIENCE = 30.0
@@ -555,6 +558,11 @@ cdef class StreamTransport(Endpoint):
     cdef int queued(self, Py_ssize_t size) except -1:
         """Flow control, after `size` more bytes were queued."""
         if self.buffered > self.high and not self.protocol_paused:
+            if (type(self.first) is Lease and self.buffered <= self.high + SLACK and self.high >= DEFAULT_HIGH_WATER
+                    and (self.send.state == IDLE or self.send.flags & SILENT) and not self.bulk):
+                # Most likely the socket takes it, together with what others write in this turn; on_send() looks. Bytes
+                # are better sent at once: they are in the caches, and the next ones get the same memory.
+                return self.want_flush(size)
             if self.send.state == IDLE and not self.bulk and self.engine.running:
                 self.begin_send()
                 self.engine.flush()
@@ -580,7 +588,10 @@ cdef class StreamTransport(Endpoint):
             self.drop_queue()
             return self.check_finished()
         if self.first is not None:
-            return self.begin_send()
+            self.begin_send()
+            if self.buffered > self.high and not self.protocol_paused and not self.send.flags & SILENT:
+                return self.pause_protocol()
+            return 0
         if self.protocol_paused:
             # Not here: a protocol's write may be what flushes.
             self.loop.call_soon(self._drained)
@@ -735,7 +746,12 @@ cdef class StreamTransport(Endpoint):
             self.resume_protocol()
         if self.ending or self.send.state != IDLE:
             return 0
-        return self.begin_send() if self.first is not None else self.drained()
+        if self.first is None:
+            return self.drained()
+        self.begin_send()
+        if self.buffered > self.high and not self.protocol_paused:
+            return self.pause_protocol()
+        return 0
 
     cdef int drained(self) except -1:
         """All that was queued is with the kernel."""

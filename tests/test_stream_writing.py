@@ -32,6 +32,24 @@ async def stuffed(protocol: Recorder, family: int = socket.AF_INET) -> tuple[Any
     return transport, peer, written
 
 
+class Forwarding(Leases):
+    """Sends on whatever it receives, as it lies in the pool, and notes the longest queue."""
+
+    longest = 0
+
+    def lease_received(self, lease: headrace.Lease) -> None:
+        self.transport.write(lease)
+        self.longest = max(self.longest, self.transport.get_write_buffer_size())
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.transport.resume_reading()
+
+
 # ---- what can be written -------------------------------------------------------------------------------------
 
 
@@ -404,6 +422,35 @@ def test_a_closing_connection_is_not_given_up_while_its_peer_takes_a_little() ->
 
     calm = Faults(**dict.fromkeys(Faults.NAMES, 0))
     simulated_run(main(), 1, faults=calm, send_limit=65536, receive_limit=65536)
+
+
+def test_leases_that_go_on_wait_for_a_slow_peer(loop: headrace.EventLoop) -> None:
+    """Leases wait for the turn's end even above the high-water mark; a full socket pauses the protocol all the same."""
+
+    async def main() -> None:
+        protocol = Forwarding()
+        _, peer = await connected(protocol, receive_buffer=8192)
+        data = random.Random(1).randbytes(8 << 20)
+        sending = asyncio.ensure_future(in_thread(peer.sendall, data))
+        await protocol.seen("pause")
+        received = await in_thread(receive_exactly, peer, len(data))
+        await sending
+        assert received == data
+        assert protocol.longest <= 256 * 1024 + 256 * 1024  # the slack, and what one receive brings
+        peer.close()
+        await protocol.seen("lost")
+        assert protocol.events.count("pause") == protocol.events.count("resume") > 0
+
+    loop.run_until_complete(main())
+
+
+def receive_exactly(peer: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        piece = peer.recv(65536)
+        assert piece, f"the stream ended after {len(received)} of {size} bytes"
+        received += piece
+    return bytes(received)
 
 
 @pytest.mark.parametrize("closed", ["before", "after"])
