@@ -15,8 +15,10 @@ import asyncio.constants
 import asyncio.events
 import asyncio.format_helpers
 import asyncio.futures
+import asyncio.protocols
 import asyncio.selector_events
 import asyncio.sslproto
+import asyncio.streams
 import asyncio.transports
 import asyncio.unix_events
 import inspect
@@ -102,14 +104,17 @@ MODULES = {
     asyncio.events: {"_event_loop_policy"},
     asyncio.format_helpers: {"_format_callback_source"},
     asyncio.futures: {"_set_result_unless_cancelled"},
+    asyncio.protocols: {"_feed_data_to_buffered_proto"},
     asyncio.transports: {"_FlowControlMixin"},
     asyncio.unix_events: {"_UnixSubprocessTransport"},
 }
 TLS = {"_app_transport"}
+# On asyncio.StreamReader and its protocol.
+READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
 # On asyncio's own policy, until 3.13.
 POLICY = {"_watcher"}
 
-LISTED = LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | TLS | POLICY | set().union(*MODULES.values())
+LISTED = LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | TLS | READER | POLICY | set().union(*MODULES.values())
 
 
 def is_private(name: str) -> bool:
@@ -180,6 +185,11 @@ def test_transport(name):
 @pytest.mark.parametrize("name", sorted(SERVER))
 def test_server(name):
     assert hasattr(asyncio.base_events.Server, name)
+
+
+@pytest.mark.parametrize("name", sorted(READER))
+def test_reader(name):
+    assert name in defined_by(asyncio.streams)
 
 
 @pytest.mark.parametrize("name", sorted(PROCESS))

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
+from headrace import starttls
 from headrace._engine import Engine
 from headrace._epoll import EpollEngine
 from headrace._listener import Listener
@@ -263,10 +264,7 @@ class EventLoop(SocketOperations):
     ) -> asyncio.Transport:
         """asyncio's TLS, over our transport."""
         if isinstance(protocol, Protocol):
-            error = TypeError(
-                "ssl= serves asyncio.Protocol and asyncio.BufferedProtocol: asyncio's TLS brings no leases, as "
-                f"headrace.Protocol ({type(protocol).__qualname__}) needs them"
-            )
+            error = starttls.leases_refused(protocol, "ssl=")
             # Said here as well: for an accepted connection, asyncio would say it in debug mode only.
             self.call_exception_handler(
                 {"message": "TLS can't be served", "exception": error, "protocol": protocol}
@@ -287,6 +285,42 @@ class EventLoop(SocketOperations):
         self._need_engine()
         StreamTransport(self, rawsock, tls, None, extra, server)
         return tls._app_transport
+
+    async def start_tls(
+        self,
+        transport: asyncio.BaseTransport,
+        protocol: asyncio.BaseProtocol,
+        sslcontext: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> asyncio.Transport:
+        """Upgrades a connection to TLS; see :meth:`asyncio.loop.start_tls`.
+
+        Nothing that the peer sent ahead is lost: what the transport holds, and what an ``asyncio.StreamReader`` has
+        taken but nobody read, goes to the TLS layer. So does plain text that was slipped in there: the handshake fails.
+
+        Raises
+        ------
+        TypeError
+            For what isn't an ``SSLContext``, a transport that can't be upgraded, or a :class:`headrace.Protocol`.
+        ConnectionResetError
+            If the transport is closing already, or the peer leaves.
+        ssl.SSLError
+            If the handshake fails; the transport is closed then.
+        """
+        return await starttls.start_tls(
+            self,
+            transport,
+            protocol,
+            sslcontext,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
 
     def _accepted_socket(self, fd: int, family: int, type: int, proto: int) -> socket.socket:
         """A socket object for an accepted descriptor; made only when somebody asks for it."""

@@ -1,0 +1,99 @@
+"""TLS from the middle of a connection on (STARTTLS), without losing what was read ahead.
+
+A peer that needs no answer sends its first TLS record right behind the line that asks for TLS, often in one segment.
+What of that lies in the transport is delivered to the TLS layer by the transport itself; what an
+``asyncio.StreamReader`` has taken already is handed over here. asyncio leaves it there, before its fix of 2026: the
+handshake waits for bytes that have long come (cpython#142352, uvloop#707), and plain bytes that somebody slipped in
+behind the line are read later as if they had come through TLS (the kind of attack that CVE-2011-0411 names). Here they
+go where they belong, and fail the handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.protocols
+import asyncio.sslproto
+import ssl
+from typing import Any
+
+from headrace.protocol import Protocol
+
+__all__ = ["leases_refused", "start_tls"]
+
+
+def leases_refused(protocol: Protocol, asked_by: str) -> TypeError:
+    return TypeError(
+        f"{asked_by} serves asyncio.Protocol and asyncio.BufferedProtocol: asyncio's TLS brings no leases, as "
+        f"headrace.Protocol ({type(protocol).__qualname__}) needs them"
+    )
+
+
+async def start_tls(
+    loop: asyncio.AbstractEventLoop,
+    transport: Any,
+    protocol: asyncio.BaseProtocol,
+    context: ssl.SSLContext,
+    **options: Any,
+) -> asyncio.Transport:
+    """See ``EventLoop.start_tls``; the options are those of asyncio's ``SSLProtocol``."""
+    check(transport, protocol, context)
+    handshake = loop.create_future()
+    tls = asyncio.sslproto.SSLProtocol(
+        loop,
+        protocol,
+        context,
+        handshake,
+        call_connection_made=False,
+        **options,
+    )
+    upgraded = tls._app_transport
+    reader: Any = getattr(protocol, "_stream_reader", None)  # of an asyncio.StreamReaderProtocol
+    ahead, ended = b"", False
+    if isinstance(reader, asyncio.StreamReader):
+        ahead, ended = take_read_ahead(reader)
+        # What it pauses when it's full must be the TLS side (cpython#114921), and from its first byte on: the raw
+        # transport, paused by then, would never be resumed. (It may have none yet: the protocol learns of TLS first.)
+        if reader._transport is transport:  # type: ignore[attr-defined]
+            reader._transport = upgraded  # type: ignore[attr-defined]
+    # The TLS layer must hear of its connection before any byte of it.
+    transport.pause_reading()
+    transport.set_protocol(tls)
+    steps = [
+        loop.call_soon(tls.connection_made, transport),
+        loop.call_soon(hand_over, tls, ahead, ended),
+        loop.call_soon(transport.resume_reading),
+    ]
+    try:
+        await handshake
+    except BaseException:
+        transport.close()
+        for step in steps:
+            step.cancel()
+        raise
+    return upgraded
+
+
+def check(transport: Any, protocol: asyncio.BaseProtocol, context: ssl.SSLContext) -> None:
+    if not isinstance(context, ssl.SSLContext):
+        raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
+    if not getattr(transport, "_start_tls_compatible", False):
+        raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+    if isinstance(protocol, Protocol):
+        raise leases_refused(protocol, "start_tls()")
+    if transport.is_closing():
+        raise ConnectionResetError("start_tls() on a transport that is closing or closed")
+
+
+def take_read_ahead(reader: Any) -> tuple[bytes, bool]:
+    """Takes out of a ``StreamReader`` what nobody has read yet, and whether that was all of the stream."""
+    ahead, ended = bytes(reader._buffer), reader._eof
+    reader._buffer.clear()
+    # It begins anew: the end of the stream is now the TLS layer's to tell, and the transport is resumed for that.
+    reader._eof = reader._paused = False
+    return ahead, ended
+
+
+def hand_over(tls: asyncio.sslproto.SSLProtocol, ahead: bytes, ended: bool) -> None:
+    asyncio.protocols._feed_data_to_buffered_proto(tls, ahead)  # type: ignore[attr-defined]
+    if ended:
+        tls.eof_received()
