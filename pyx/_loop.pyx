@@ -330,13 +330,19 @@ cdef class LoopCore:
     def _run_once(self):
         """One turn. Called by the inherited ``run_forever``."""
         cdef Engine engine = self.engine
+        cdef double timeout, now
         if self._forked:
             self._check_closed()
         self.turns += 1
         self.prune_timers()
         if self.dirty:
             self.flush_marked()
-        self.wait(self.next_timeout())
+        now = self.clock()
+        self.turn_ends(now)
+        timeout = self.next_timeout(now)
+        self.wait(timeout)
+        # What didn't sleep needs no second look at the clock: a busy loop pays for one a turn.
+        self.woken = now if timeout == 0 else self.clock()
         engine.deliver()
         if self.watch.ready:
             self.run_selector()
@@ -364,12 +370,24 @@ cdef class LoopCore:
             handle._scheduled = False
         return 0
 
-    cdef double next_timeout(self) except? -2:
+    cdef void turn_ends(self, double now) noexcept:
+        """Counts the time since the last wait: what the loop did instead of looking at its connections."""
+        cdef double seconds = now - self.woken
+        if not self.woken:
+            return
+        self.woken = 0
+        self.busy += seconds
+        if seconds > self.longest_turn:
+            self.longest_turn = seconds
+        if seconds >= self.slow_callback_duration:
+            self.slow_turns += 1
+
+    cdef double next_timeout(self, double now) except? -2:
         cdef double timeout
         if self._ready or self._stopping or self.dirty:
             return 0
         if self._scheduled:
-            timeout = (<TimerHandle>self._scheduled[0])._when - self.clock()
+            timeout = (<TimerHandle>self._scheduled[0])._when - now
             return 0 if timeout < 0 else min(timeout, LONGEST_WAIT)
         return -1
 
@@ -435,9 +453,14 @@ cdef class LoopCore:
             handle._run()
         finally:
             self._current_handle = None
-        cdef double took = self.clock() - began
-        if took >= self.slow_callback_duration:
-            logger.warning("Executing %s took %.3f seconds", asyncio.base_events._format_handle(handle), took)
+        cdef double seconds = self.clock() - began
+        if seconds >= self.slow_callback_duration:
+            self.was_slow(asyncio.base_events._format_handle(handle), seconds)
+
+    cdef int was_slow(self, object what, double seconds) except -1:
+        self.slow_callbacks += 1
+        logger.warning("Executing %s took %.3f seconds", what, seconds)
+        return 0
 
     def _poll_readable(self, int fd):
         """A ReadWait on ``fd``, or None where the inherited selector has to do."""
@@ -552,6 +575,7 @@ cdef class LoopCore:
         try:
             self.flush_now()
         finally:
+            self.turn_ends(self.clock())    # the time between two runs is no turn's
             self.engine.stop()
 
     def _engine_close(self):
@@ -569,3 +593,16 @@ cdef class LoopCore:
     @property
     def _engine(self):
         return self.engine
+
+    def _counters(self):
+        """The loop's own part of ``stats()``."""
+        return {
+            "turns": self.turns,
+            "busy": self.busy,
+            "longest_turn": self.longest_turn,
+            "slow_turns": self.slow_turns,
+            "slow_callbacks": self.slow_callbacks,
+            "ready": len(self._ready),
+            "timers": {"scheduled": len(self._scheduled), "cancelled": self._timer_cancelled_count},
+            "transports": self.transports_open,
+        }

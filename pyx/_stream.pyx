@@ -198,6 +198,7 @@ cdef class StreamTransport(Endpoint):
             attach(server, self)
             self.server = server
         loop.remember(fd, self)
+        loop.transports_open += 1
         self.fd = fd
         return 0
 
@@ -260,9 +261,24 @@ cdef class StreamTransport(Endpoint):
         return 0
 
     cdef int complete(self, Completion *completion) except -1:
+        if self.loop._debug:
+            return self.complete_watched(completion)
         if completion.operation == &self.receive:
             return self.on_receive(completion)
         return self.on_send(completion.result)
+
+    cdef int complete_watched(self, Completion *completion) except -1:
+        """The same in debug mode: protocols that take long are named, as callbacks are."""
+        cdef object protocol = self.protocol    # its end makes the transport let go of it
+        cdef double began = self.loop.clock(), seconds
+        try:
+            if completion.operation == &self.receive:
+                return self.on_receive(completion)
+            return self.on_send(completion.result)
+        finally:
+            seconds = self.loop.clock() - began
+            if seconds >= self.loop.slow_callback_duration:
+                self.loop.was_slow(f"{protocol!r} of {self!r}", seconds)
 
     cdef int on_receive(self, Completion *completion) except -1:
         cdef int32_t result = completion.result
@@ -982,6 +998,7 @@ cdef class StreamTransport(Endpoint):
             if self.family in (AF_INET, AF_INET6) and c_getsockname(fd, &self.near.any, &size) != 0:
                 self.near.any.sa_family = 0
             self.fd = -1
+            self.loop.transports_open -= 1
             self.loop.forget(fd)
             if self.sock is not None and self.sock.detach() < 0:
                 # The socket object was closed, or collected together with this transport before it.

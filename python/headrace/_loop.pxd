@@ -27,6 +27,10 @@ cdef class LoopCore:
     cdef int transports_size
     cdef readonly bint _forked         # this is a child, and the loop its parent's
     cdef readonly long long turns
+    cdef double woken                  # when the wait of this turn ended; 0: no turn is under way
+    cdef double busy, longest_turn     # seconds
+    cdef long long slow_turns, slow_callbacks
+    cdef Py_ssize_t transports_open    # kept by the transports themselves
     cdef object __weakref__
 
     # To be flushed at the end of the turn; `size` more bytes are queued.
@@ -41,9 +45,12 @@ cdef class LoopCore:
     cdef double clock(self) noexcept
     cdef int run_ready(self) except -1
     cdef int run_timers(self) except -1
-    cdef double next_timeout(self) except? -2
+    cdef double next_timeout(self, double now) except? -2
+    cdef void turn_ends(self, double now) noexcept
     cdef int prune_timers(self) except -1
     cdef int run_selector(self) except -1
     cdef int wait(self, double timeout) except -1
     cdef add_timer(self, double when, callback, tuple args, context, str method)
     cdef run_watched(self, handle)
+    # For debug mode: counts and logs that `what` has kept the loop for so many seconds.
+    cdef int was_slow(self, object what, double seconds) except -1

@@ -9,6 +9,7 @@ from _typeshed import FileDescriptorLike
 from typing_extensions import disjoint_base
 
 from headrace._engine import Endpoint, Engine
+from headrace.stats import LoopCounters
 
 _Arguments = TypeVarTuple("_Arguments")
 
@@ -45,6 +46,7 @@ class LoopCore:
     def _forked(self) -> bool: ...
     @property
     def turns(self) -> int: ...
+    def _counters(self) -> LoopCounters: ...
     def call_soon(
         self,
         callback: Callable[[*_Arguments], object],

@@ -1,23 +1,10 @@
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal, Self, SupportsIndex, TypedDict, overload, type_check_only
+from typing import Literal, Self, SupportsIndex, overload
 
 from typing_extensions import disjoint_base
 
-@type_check_only
-class PoolStats(TypedDict):
-    block_size: int
-    maximum: int
-    allocated: int
-    free: int
-    posted: int
-    pinned: int
-    leased: int
-    outstanding: int
-    leases: int
-    copies: int
-    exhausted: int
-    collected_not_released: int
+from headrace.stats import PoolStats
 
 @disjoint_base
 class Ledger:

@@ -85,6 +85,7 @@ cdef class StreamTransport(Endpoint):
     cdef int connect(self) except -1
     cdef int begin_reading(self) except -1
     cdef int arm(self) except -1
+    cdef int complete_watched(self, Completion *completion) except -1
     cdef int on_receive(self, Completion *completion) except -1
     cdef int pass_on(self, Block *block, char *data, Py_ssize_t size) except -1
     cdef int pass_buffered(self, char *data, Py_ssize_t size) except -1

@@ -23,6 +23,7 @@ from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
 from headrace.protocol import Protocol
 from headrace.sockets import SocketOperations
+from headrace.stats import LoopStats
 from headrace.subprocesses import ChildProcesses, can_wait_on_pidfd, program_has_child_watcher
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class EventLoop(SocketOperations):
         completion_entries: int = 4096,
     ) -> None:
         super().__init__()
+        self._child_processes = ChildProcesses(self)
         if isinstance(engine, str) and engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or an Engine; not {engine!r}")
         self._choice = engine
@@ -93,7 +95,6 @@ class EventLoop(SocketOperations):
         self._completion_entries = completion_entries
         self._reason = ""
         self._listeners: dict[socket.socket, Listener] = {}
-        self._child_processes = ChildProcesses(self)
         self._previous_wakeup_fd: int | None = None
         _loops.add(self)
 
@@ -110,12 +111,17 @@ class EventLoop(SocketOperations):
         """Why it's this engine, in words; empty before the first run."""
         return self._reason
 
-    def stats(self) -> dict[str, Any]:
-        """Counters of the loop, its engine and its pool. Cheap: nothing is computed but the dicts."""
+    def stats(self) -> LoopStats:
+        """Counters of the loop, its engine and its pool; :class:`headrace.stats.LoopStats` says what each one is.
+
+        They are kept always: asking computes nothing but the dicts. A snapshot, and any thread may ask.
+        """
         engine = self._engine
         pool = None if engine is None else engine.pool
         return {
-            "turns": self.turns,
+            **self._counters(),
+            "listeners": len(self._listeners),
+            "processes": len(self._child_processes),
             "engine": {} if engine is None else engine.stats(),
             "pool": {} if pool is None else pool.stats(),
         }

@@ -67,6 +67,9 @@ class ChildProcesses:
         self._loop = loop
         self._pidfds: set[int] = set()
 
+    def __len__(self) -> int:
+        return len(self._pidfds)
+
     async def start(self, *args: Any, **options: Any) -> asyncio.SubprocessTransport:
         """Starts a process, with the arguments of asyncio's transport; returns when its pipes are connected."""
         loop = self._loop
