@@ -97,8 +97,10 @@ MODULES = {
     asyncio.transports: {"_FlowControlMixin"},
 }
 TLS = {"_app_transport"}
+# What makes an object one that a task can wait for.
+FUTURE = {"_asyncio_future_blocking"}
 
-LISTED = LOOP | HANDLE | TRANSPORT | SERVER | TLS | set().union(*MODULES.values())
+LISTED = LOOP | HANDLE | TRANSPORT | SERVER | TLS | FUTURE | set().union(*MODULES.values())
 
 
 def is_private(name: str) -> bool:
@@ -164,6 +166,11 @@ def test_transport(name):
     # What an __init__ assigns is an attribute of instances only.
     assigned = defined_by(asyncio.selector_events) | defined_by(asyncio.transports)
     assert hasattr(transport, name) or name in assigned
+
+
+@pytest.mark.parametrize("name", sorted(FUTURE))
+def test_future(name):
+    assert hasattr(asyncio.Future, name)
 
 
 @pytest.mark.parametrize("name", sorted(SERVER))
