@@ -29,6 +29,7 @@ MODULES = (
     "_loop",
     "_stream",
     "_listener",
+    "_file",
 )
 # What a change to a C header must rebuild: setuptools can't see through Cython.
 HEADERS = {"_uring": ["pyx/uring_abi.h"]}

@@ -15,7 +15,7 @@ Rules
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memmove
 
@@ -25,6 +25,7 @@ from headrace.errors import EngineError
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <sys/ioctl.h>
     #include <sys/socket.h>
     #include <linux/sockios.h>
@@ -42,6 +43,7 @@ cdef extern from *:
     int c_close "close"(int fd) nogil
     int c_shutdown "shutdown"(int fd, int how) nogil
     enum: SHUT_WR
+    enum: E_CANCELED "ECANCELED"
 
 
 cdef class Endpoint:
@@ -188,11 +190,21 @@ cdef class Engine:
                 self.pool.drop(entry.block)
             if entry.operation.kind == ACCEPT and entry.result >= 0:
                 self.close_descriptor(entry.result)
+            elif entry.operation.kind == FILE:
+                self.drop_file(entry.operation, entry.result)
             if not entry.flags & MORE:
                 owner = entry.operation.owner
                 entry.operation.state = IDLE
                 Py_DECREF(<object>owner)
         self.first = self.last = 0
+
+    cdef void drop_file(self, Operation *operation, int32_t result) noexcept:
+        """The result of a file operation that nobody will hear of."""
+        cdef uint8_t opcode = (<FileCall *>operation.message).opcode
+        if opcode == OPENAT and result >= 0:
+            self.close_descriptor(result)
+        elif opcode == CLOSE and result != -E_CANCELED:
+            operation.fd = -1    # its number may be another file's by now
 
     cdef int check_usable(self) except -1:
         if self.closed:

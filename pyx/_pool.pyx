@@ -168,7 +168,11 @@ cdef class BufferPool:
         return result
 
     cdef Lease copy(self, const char *data, Py_ssize_t size):
+        self.copies += 1
         return wrap(self, PyBytes_FromStringAndSize(data, size))
+
+    cdef Lease adopt(self, bytes heap):
+        return wrap(self, heap)
 
     cdef void trim(self) noexcept:
         cdef int surplus = self.free - self.target
@@ -412,6 +416,7 @@ cdef class Lease:
         cdef Lease result
         check(self)
         check_exports(self)
+        self.pool.copies += 1
         result = wrap(self.pool, self.tobytes())
         self.release()
         return result
@@ -524,7 +529,6 @@ cdef Lease wrap(BufferPool pool, bytes heap):
     result.size = PyBytes_GET_SIZE(heap)
     result.released = False
     pool.outstanding += 1
-    pool.copies += 1
     if pool.leak_level:
         observe(pool, result)
     return result

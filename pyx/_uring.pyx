@@ -33,8 +33,9 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memmove
 
 from headrace._engine cimport (
-    ACCEPT, ALL, CANCELLED, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
-    Endpoint, Engine, Operation,
+    ACCEPT, ALL, CANCELLED, FILE, IDLE, IN_FLIGHT, MORE, PARKED, POLL, RECEIVE, SEND, SILENT, SUSPENDED,
+    CLOSE, FSYNC, MKDIRAT, OPENAT, READ, RENAMEAT, STATX, UNLINKAT, WRITE,
+    Endpoint, Engine, FileCall, Operation,
 )
 from headrace._pool cimport Block, BufferPool
 
@@ -61,6 +62,7 @@ cdef extern from "uring_abi.h" nogil:
     void hr_bufs_post(hr_ring *ring, void *memory, uint32_t size, int bid)
     int hr_eventfd()
     int hr_gettid()
+    uint64_t hr_opcodes(hr_ring *ring)
 
 cdef extern from *:
     """
@@ -97,6 +99,14 @@ cdef uint64_t PROBE = <uint64_t>-3
 # How long a closed ring's locked memory may stay charged was measured as 23-32 ms; see stop().
 cdef double MEMLOCK_PATIENCE = 0.050
 cdef double STOP_PATIENCE = 10.0
+# For file operations: what a disk or a file server has begun can't be cancelled. asyncio gives an executor as long.
+cdef double FILE_PATIENCE = 300.0
+
+# Without these an engine does no file operations. All are older than Linux 6.0; a security module may deny some.
+cdef uint64_t FILE_OPCODES = (
+    <uint64_t>1 << FSYNC | <uint64_t>1 << OPENAT | <uint64_t>1 << CLOSE | <uint64_t>1 << STATX | <uint64_t>1 << READ
+    | <uint64_t>1 << WRITE | <uint64_t>1 << RENAMEAT | <uint64_t>1 << UNLINKAT | <uint64_t>1 << MKDIRAT
+)
 
 # Rings that a closed loop left for the next loop of this thread. They go with the thread.
 spare = threading.local()
@@ -327,6 +337,8 @@ cdef class UringEngine(Engine):
         except BaseException:
             self.ring = None
             raise
+        self.file_opcodes = hr_opcodes(&self.ring.raw)
+        self.files = self.file_opcodes & FILE_OPCODES == FILE_OPCODES
         if self.pool is None:
             self.pool = BufferPool() if incremental else BufferPool(block_size=32768, target=64, maximum=2048)
         self.pool.wake_fd = self.wake_fd
@@ -347,7 +359,7 @@ cdef class UringEngine(Engine):
                 self.suspend(self.parked[i])
             self.parked_length = 0
             if self.in_flight or self.wake_armed:
-                deadline = self.now() + STOP_PATIENCE
+                began = self.now()
                 sqe = self.sqe()
                 sqe.opcode = HR_OP_ASYNC_CANCEL
                 sqe.op_flags = HR_CANCEL_ANY | HR_CANCEL_ALL
@@ -355,11 +367,23 @@ cdef class UringEngine(Engine):
                 while self.in_flight or self.wake_armed:
                     self.enter(1, True, 0.1)
                     self.reap()
-                    if self.now() > deadline:
-                        raise EngineError(f"{self.in_flight} io_uring operations didn't end within {STOP_PATIENCE} s")
+                    self.check_patience(self.now() - began)
         finally:
             self.stopping = False
             self.running = False
+
+    cdef int check_patience(self, double waited) except -1:
+        cdef uint32_t i
+        cdef int files = 0
+        if waited <= STOP_PATIENCE:
+            return 0
+        for i in range(self.slot_capacity):
+            if self.slots[i].operation != NULL and self.slots[i].operation.kind == FILE:
+                files += 1
+        patience = FILE_PATIENCE if files and files == self.in_flight and not self.wake_armed else STOP_PATIENCE
+        if waited > patience:
+            raise EngineError(f"{self.in_flight} io_uring operations didn't end within {patience} s")
+        return 0
 
     cpdef close(self):
         cdef Ring ring = self.ring
@@ -492,6 +516,7 @@ cdef class UringEngine(Engine):
 
     cdef int fill(self, hr_sqe *entry, Operation *operation) except -1:
         cdef SilentSend *silent
+        cdef FileCall *call
         if operation.kind == SEND:
             if operation.message != NULL:
                 entry.opcode = HR_OP_SENDMSG
@@ -529,6 +554,13 @@ cdef class UringEngine(Engine):
         elif operation.kind == POLL:
             entry.opcode = HR_OP_POLL_ADD
             entry.op_flags = POLLIN
+        elif operation.kind == FILE:
+            call = <FileCall *>operation.message
+            entry.opcode = call.opcode
+            entry.addr = call.address
+            entry.off = call.offset
+            entry.len = call.length
+            entry.op_flags = call.flags
         else:
             raise EngineError(f"there is no operation of kind {operation.kind}")
         return 0
@@ -723,6 +755,9 @@ cdef class UringEngine(Engine):
                 return self.suspend(operation)
             else:
                 return self.park(operation)
+        if result == -E_INTR and operation.kind == FILE and (self.stopping or operation.flags & CANCELLED):
+            # That's how a kernel worker that waits, say to open a FIFO, hears of the cancel: with a signal.
+            result = -E_CANCELED
         if result == -E_CANCELED and self.stopping and not operation.flags & CANCELLED:
             return self.suspend(operation)
         if operation.kind == SEND and operation.flags & SILENT:

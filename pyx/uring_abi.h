@@ -41,6 +41,7 @@ enum {
 
     HR_CQE_F_BUFFER = 1 << 0, HR_CQE_F_MORE = 1 << 1, HR_CQE_F_BUF_MORE = 1 << 4,
 
+    HR_REGISTER_PROBE = 8, HR_OP_SUPPORTED = 1 << 0,
     HR_REGISTER_PBUF_RING = 22, HR_UNREGISTER_PBUF_RING = 23,
     HR_PBUF_RING_INC = 2, /* 6.12 */
 };
@@ -70,6 +71,9 @@ struct hr_timespec { int64_t tv_sec, tv_nsec; };
 struct hr_getevents_arg { uint64_t sigmask; uint32_t sigmask_sz, min_wait_usec; uint64_t ts; };
 struct hr_buf { uint64_t addr; uint32_t len; uint16_t bid, resv; };
 struct hr_buf_reg { uint64_t ring_addr; uint32_t ring_entries; uint16_t bgid, flags; uint64_t resv[3]; };
+
+struct hr_probe_op { uint8_t op, resv; uint16_t flags; uint32_t resv2; };
+struct hr_probe { uint8_t last_op, ops_len; uint16_t resv; uint32_t resv2[3]; struct hr_probe_op ops[64]; };
 
 struct hr_ring {
     int fd;
@@ -216,6 +220,17 @@ static inline void hr_bufs_post(struct hr_ring *r, void *memory, uint32_t size, 
     b->bid = bid;
     r->buf_tail++;
     __atomic_store_n(&r->bufs[0].resv, r->buf_tail, __ATOMIC_RELEASE);
+}
+
+/* The opcodes that this kernel has, of the first 64: bit n stands for opcode n. */
+static uint64_t hr_opcodes(struct hr_ring *r) {
+    struct hr_probe probe;
+    uint64_t found = 0;
+    memset(&probe, 0, sizeof probe);
+    if (syscall(__NR_io_uring_register, r->fd, HR_REGISTER_PROBE, &probe, 64) < 0) return 0;
+    for (unsigned i = 0; i < 64 && i < probe.ops_len; i++)
+        if (probe.ops[i].flags & HR_OP_SUPPORTED) found |= 1ULL << probe.ops[i].op;
+    return found;
 }
 
 static int hr_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }

@@ -114,7 +114,21 @@ READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
 # On asyncio's own policy, until 3.13.
 POLICY = {"_watcher"}
 
-LISTED = LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | TLS | READER | POLICY | set().union(*MODULES.values())
+# What makes an object one that a task can wait for.
+FUTURE = {"_asyncio_future_blocking"}
+
+LISTED = (
+    LOOP
+    | HANDLE
+    | TRANSPORT
+    | SERVER
+    | PROCESS
+    | TLS
+    | READER
+    | POLICY
+    | FUTURE
+    | set().union(*MODULES.values())
+)
 
 
 def is_private(name: str) -> bool:
@@ -180,6 +194,11 @@ def test_transport(name):
     # What an __init__ assigns is an attribute of instances only.
     assigned = defined_by(asyncio.selector_events) | defined_by(asyncio.transports)
     assert hasattr(transport, name) or name in assigned
+
+
+@pytest.mark.parametrize("name", sorted(FUTURE))
+def test_future(name):
+    assert hasattr(asyncio.Future, name)
 
 
 @pytest.mark.parametrize("name", sorted(SERVER))

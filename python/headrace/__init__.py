@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace import files
 from headrace._pool import BufferPool, Lease
 from headrace._stream import StreamTransport
 from headrace.errors import EngineError, EngineUnavailable, HeadraceError, StalledError
@@ -19,6 +20,7 @@ __all__ = [
     "StalledError",
     "StreamTransport",
     "__version__",
+    "files",
     "new_event_loop",
     "run",
 ]

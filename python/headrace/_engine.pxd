@@ -1,7 +1,7 @@
 # The engine contract. Three engines implement it: _uring, _epoll, _simulated; tests/test_engine_contract.py
 # runs over all of them.
 from cpython.object cimport PyObject
-from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from headrace._pool cimport Block, BufferPool
 
@@ -11,6 +11,7 @@ cdef enum OperationKind:
     SEND = 2       # `buffer`/`length`, or `message` (a struct msghdr *)
     ACCEPT = 3     # multishot: completes with descriptors (non-blocking, close-on-exec)
     POLL = 4       # one shot: completes when the descriptor is readable
+    FILE = 5       # one shot: what `call` says; only engines with `files` execute it
 
 
 cdef enum OperationState:
@@ -35,10 +36,34 @@ cdef enum CompletionFlags:
     MORE = 1         # the operation goes on; without it this is its terminal completion
 
 
+cdef enum FileOpcode:
+    # The kernel's own numbers (include/uapi/linux/io_uring.h).
+    FSYNC = 3
+    OPENAT = 18
+    CLOSE = 19
+    STATX = 21
+    READ = 22
+    WRITE = 23
+    RENAMEAT = 35
+    UNLINKAT = 36
+    MKDIRAT = 37
+    FTRUNCATE = 55    # kernel 6.9
+
+
+cdef struct FileCall:
+    # What a FILE operation does, in io_uring's terms; the operation's `fd` is the descriptor, or that of a directory.
+    # Owned by the endpoint, as the memory at `address` is, unchanged until the terminal completion.
+    uint64_t address      # the bytes, or a path
+    uint64_t offset       # in the file (-1: its own position), or a second address
+    uint32_t length       # bytes, or a mode
+    uint32_t flags        # of the call
+    uint8_t opcode
+
+
 cdef struct Operation:
     PyObject *owner       # the Endpoint; borrowed. The engine holds a reference from submit to the terminal completion
     const char *buffer    # SEND: owned by the endpoint, unchanged until the terminal completion
-    void *message         # SEND: a struct msghdr * in place of buffer, or NULL
+    void *message         # SEND: a struct msghdr * in place of buffer, or NULL; FILE: a FileCall *
     uint32_t length       # SEND: all the bytes
     int fd
     uint32_t slot         # the engine's own
@@ -75,6 +100,9 @@ cdef class Engine:
     cdef readonly bint closed
     # Whether any number of POLLs may be on a descriptor, also on one that its owner may close meanwhile.
     cdef readonly bint polls_freely
+    # Whether it executes FILE operations, and which: bit n stands for opcode n. Known once it has started.
+    cdef readonly bint files
+    cdef uint64_t file_opcodes
     cdef Completion *completions   # completions[first:last] wait to be delivered
     cdef int first, last, capacity
     cdef readonly long long waits, submitted, completed, calls, parked_count, silent_sends, silent_failures
@@ -93,6 +121,7 @@ cdef class Engine:
     cdef int push(self, Operation *operation, int32_t result, uint32_t flags, Block *block, char *data) except -1
     cdef int make_room(self) except -1
     cdef void drop_queue(self)
+    cdef void drop_file(self, Operation *operation, int32_t result) noexcept
     cdef int check_usable(self) except -1
     cdef double now(self) noexcept
 

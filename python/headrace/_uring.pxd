@@ -87,3 +87,4 @@ cdef class UringEngine(Engine):
     cdef int arm_wake(self) except -1
     cdef int start_ring(self) except -1
     cdef int drop_ring(self) except -1
+    cdef int check_patience(self, double waited) except -1
