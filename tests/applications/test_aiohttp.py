@@ -216,8 +216,7 @@ def test_slow_reader_holds_the_server_back(engine_name: str, path: Path, tls: bo
     async def test(session: Client, state: State) -> None:
         async with session.get("/endless") as response:
             await state.streaming.wait()
-            # aiohttp has no public name for it.
-            await until(lambda: state.transport.get_protocol()._paused)
+            await until(lambda: state.transport.get_protocol().writing_paused)
             written, held = state.written, state.transport.get_write_buffer_size()
             assert 0 < held <= state.transport.get_write_buffer_limits()[1] + 2 * CHUNK
             received = 0
@@ -257,8 +256,12 @@ def test_client_timeout(engine_name: str, path: Path) -> None:
     """A server that accepts and says nothing."""
 
     async def main() -> None:
-        silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-        async with silent, client(silent.sockets[0].getsockname()[1], tls=False) as session:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        async with server, client(server.sockets[0].getsockname()[1], tls=False) as session:
             with pytest.raises(aiohttp.ServerTimeoutError):
                 async with session.get("/", timeout=aiohttp.ClientTimeout(sock_read=0.05)):
                     pytest.fail("nobody answered")
