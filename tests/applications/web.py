@@ -14,6 +14,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import headrace
@@ -60,6 +61,13 @@ def server_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority().issue_cert("127.0.0.1", "localhost").configure_cert(context)
     return context
+
+
+def certificate_file(folder: Path) -> Path:
+    """The same for a server that wants a file: its key and certificate."""
+    path = folder / "server.pem"
+    authority().issue_cert("127.0.0.1", "localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    return path
 
 
 def client_context() -> ssl.SSLContext:
