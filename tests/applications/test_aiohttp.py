@@ -26,7 +26,9 @@ from web import (  # noqa: E402
     digest,
     engine_of,
     in_thread,
+    nothing_left,
     payload,
+    run_supervised,
     server_context,
     until,
 )
@@ -113,16 +115,16 @@ def test_server_in_another_thread(engine_name: str, path: Path, tls: bool) -> No
     app = application(path)
     context = server_context() if tls else None
 
-    def both_threads() -> None:
-        with in_thread(lambda: serving(app, ssl_context=context), engine_name) as port:
+    with (
+        nothing_left(engine_name),
+        in_thread(lambda: serving(app, ssl_context=context), engine_name) as port,
+    ):
 
-            async def main() -> None:
-                async with client(port, tls) as session:
-                    assert await many(session) == {f"headrace {engine_name}"}
+        async def main() -> None:
+            async with client(port, tls) as session:
+                assert await many(session) == {f"headrace {engine_name}"}
 
-            clean_run(main, engine_name)
-
-    both_threads()
+        run_supervised(main, engine_name)
     assert len(app[STATE].peers) <= CONNECTIONS
 
 

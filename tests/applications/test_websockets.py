@@ -23,7 +23,9 @@ from web import (  # noqa: E402
     digest,
     engine_of,
     in_thread,
+    nothing_left,
     payload,
+    run_supervised,
     server_context,
 )
 
@@ -99,12 +101,12 @@ def test_server_in_another_thread(engine_name: str, site: Site) -> None:
         async with site.serve(echo) as server:
             yield server.sockets[0].getsockname()[1]
 
-    with in_thread(serving, engine_name) as port:
+    with nothing_left(engine_name), in_thread(serving, engine_name) as port:
 
         async def main() -> None:
             assert await many(lambda: site.connect_to(port)) == {f"headrace {engine_name}"}
 
-        clean_run(main, engine_name)
+        run_supervised(main, engine_name)
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])

@@ -127,11 +127,9 @@ async def nothing() -> None:
     """Runs a loop once."""
 
 
-def clean_run(main: Callable[[], Coroutine[Any, Any, T]], engine: str) -> T:
-    """``headrace.run``, after which no task and no descriptor is left, and nothing was closed by the collector.
-
-    Neither may the loop's exception handler have been called.
-    """
+@contextmanager
+def nothing_left(engine: str) -> Iterator[None]:
+    """After the block no more descriptors are open than before, and the collector had nothing to close."""
     # A closed uring engine leaves its ring to the next one of the thread: a first loop makes that ring.
     headrace.run(nothing(), engine=engine)
     gc.collect()
@@ -139,12 +137,20 @@ def clean_run(main: Callable[[], Coroutine[Any, Any, T]], engine: str) -> T:
     with warnings.catch_warnings(record=True) as caught:
         # Beside pytest's "error": raised in a destructor, it would only be printed.
         warnings.filterwarnings("always", category=ResourceWarning)
-        result = run_supervised(main, engine)
+        yield
         gc.collect()
     assert not caught, [str(warning.message) for warning in caught]
     after = descriptors()
     assert len(after) <= len(before), f"left open: { {k: v for k, v in after.items() if k not in before} }"
-    return result
+
+
+def clean_run(main: Callable[[], Coroutine[Any, Any, T]], engine: str) -> T:
+    """``headrace.run``, after which no task and no descriptor is left, and nothing was closed by the collector.
+
+    Neither may the loop's exception handler have been called. Nobody else may use the process meanwhile.
+    """
+    with nothing_left(engine):
+        return run_supervised(main, engine)
 
 
 @contextmanager
