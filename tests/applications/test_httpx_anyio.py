@@ -123,9 +123,13 @@ def test_cancelled_by_move_on_after(engine_name: str, pem: Path | None) -> None:
     """In the middle of responses, all connections of the pool at once; the pool serves on."""
 
     async def read(client: Client) -> None:
-        with anyio.move_on_after(0.05) as scope:
-            await client.get("/silent")
-        assert scope.cancelled_caught
+        # httpcore 1.0 doesn't close a connection whose TLS handshake is cancelled: here none is.
+        async with client.stream("GET", "/silent") as response:
+            parts = response.aiter_bytes()
+            assert await anext(parts) == b"begun"
+            with anyio.move_on_after(0.05) as scope:
+                await anext(parts)
+            assert scope.cancelled_caught
 
     async def test(client: Client) -> None:
         for _ in range(3):
