@@ -29,6 +29,7 @@ MODULES = (
     "_loop",
     "_stream",
     "_listener",
+    "_datagram",
 )
 # What a change to a C header must rebuild: setuptools can't see through Cython.
 HEADERS = {"_uring": ["pyx/uring_abi.h"]}

@@ -31,6 +31,7 @@ PACKAGE = ROOT / "python/headrace"
 # On an instance of asyncio.SelectorEventLoop: inherited, called or overridden.
 LOOP = {
     "_accept_connection2",
+    "_add_writer",
     "_check_callback",
     "_check_closed",
     "_check_running",
@@ -40,10 +41,12 @@ LOOP = {
     "_current_handle",
     "_debug",
     "_ensure_fd_no_transport",
+    "_make_datagram_transport",
     "_make_socket_transport",
     "_make_ssl_transport",
     "_process_events",
     "_ready",
+    "_remove_writer",
     "_run_once",
     "_scheduled",
     "_selector",
