@@ -81,7 +81,12 @@ def new_loop(name: str) -> asyncio.AbstractEventLoop:
 
 
 async def main(application: str, port: int) -> None:
-    with socket.create_server(("127.0.0.1", port), backlog=BACKLOG) as listener:
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without it, Nagle's algorithm
+    # would make uvicorn's second segment wait for the client's delayed acknowledgement.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(BACKLOG)
         listener.setblocking(False)
         await APPLICATIONS[application](listener)
 
