@@ -23,6 +23,7 @@ COLUMNS = {
     "sink": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
     "source": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
     "micro": (("CPU us/event", "cpu_us_per_event"),),
+    "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),
@@ -104,7 +105,7 @@ def method(result: Result) -> str:
     """One line for below a table: how it was measured, and how to read the ratios."""
     how = (
         "CPU time in this process"
-        if result.row.label
+        if result.row.mode == "micro"
         else (f"{result.settings.seconds:g} s each, {result.placement.note}")
     )
     return (

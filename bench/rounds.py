@@ -38,6 +38,7 @@ METRICS = {
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
     "micro": "cpu_us_per_event",
+    "web": "cpu_us_per_request",
 }
 LOADS = ("echo", "sink", "source", "storm")
 
@@ -50,13 +51,16 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what the load generator does, or (mode "micro") work inside this process."""
+    """One line of a table: what the load generator does, or work inside this process (mode "micro").
+
+    In mode "web" the load comes from ``web_load.py``, and the label is the application's name.
+    """
 
     mode: str
     connections: int = 1
     size: int = 64
     rate: float = 0.0  # bytes per second in total; 0: as fast as it goes
-    label: str = ""  # of a micro row
+    label: str = ""  # of a micro or web row
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -74,7 +78,7 @@ class Row:
 
     def __str__(self) -> str:
         if self.label:
-            return self.label
+            return f"{self.label} -n {self.connections}" if self.mode == "web" else self.label
         if self.mode == "storm":
             return f"storm -n {self.connections}"
         if self.mode == "source":

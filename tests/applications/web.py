@@ -27,9 +27,8 @@ CHUNK = 64 * 1024
 
 
 def engine_of(loop: asyncio.AbstractEventLoop) -> str:
-    """``"EventLoop uring"``: which loop runs, and on what. Other packages' loops have no engine."""
-    engine = getattr(loop, "_engine", None)
-    return f"{type(loop).__module__.split('.')[0]} {getattr(engine, 'name', None)}"
+    """``"headrace uring"``: whose loop runs, and on what. Other packages' loops have no engine."""
+    return f"{type(loop).__module__.split('.')[0]} {getattr(loop, 'engine_name', None)}"
 
 
 @functools.cache
