@@ -223,7 +223,8 @@ async def serve_datagrams(name: str, port: int, mode: str) -> None:
 
 async def main(name: str, kind: str, port: int, mode: str) -> None:
     if mode in DATAGRAMS:
-        return await serve_datagrams(name, port, mode)
+        await serve_datagrams(name, port, mode)
+        return
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("0.0.0.0", port))
