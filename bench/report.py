@@ -22,6 +22,13 @@ COLUMNS = {
     ),
     "sink": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
     "source": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
+    "datagram-echo": (
+        ("CPU us/datagram", "cpu_us_per_request"),
+        ("echoes/s", "requests_per_second"),
+        ("p50 us", "p50_us"),
+        ("p99 us", "p99_us"),
+    ),
+    "datagram-sink": (("CPU us/datagram", "cpu_us_per_request"), ("datagrams/s", "requests_per_second")),
     "micro": (("CPU us/event", "cpu_us_per_event"),),
     "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "storm": (

@@ -37,10 +37,12 @@ METRICS = {
     "sink": "cpu_seconds_per_gigabyte",
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
+    "datagram-echo": "cpu_us_per_request",
+    "datagram-sink": "cpu_us_per_request",
     "micro": "cpu_us_per_event",
     "web": "cpu_us_per_request",
 }
-LOADS = ("echo", "sink", "source", "storm")
+LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -68,7 +70,7 @@ class Row:
         words = shlex.split(text)
         if not words or words[0] not in LOADS or len(words) % 2 == 0:
             raise ValueError(
-                f"a row is 'echo|sink|source|storm [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
+                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
             )
         given = dict(zip(words[1::2], words[2::2], strict=True))
         unknown = given.keys() - {"-n", "-s", "-r"}
