@@ -52,7 +52,7 @@ class Run:
     def cell(self, suite: str) -> str:
         """pass / skip / fail / error / timeout; a dash where the interpreter has no such suite yet."""
         counts = self.counts(suite)
-        return numbers(counts) if counts else "–"
+        return numbers(counts) if counts else "-"
 
     def total(self) -> collections.Counter[str]:
         return sum((self.counts(suite) for suite in self.suites), collections.Counter[str]())
