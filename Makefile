@@ -17,11 +17,11 @@ demo:            ## 1,000 connections at 1 Gbit/s for a while, with a live view
 	$(BIN)/headrace demo $(ARGS)
 
 test:            ## the test suite, both engines
-	@.ci/setup demo test
+	@.ci/setup applications demo test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench:           ## benchmarks against asyncio, uvloop, rloop, Twisted and C
-	@.ci/setup bench demo test
+	@.ci/setup applications bench demo test
 	$(BIN)/python -m pytest bench $(ARGS)
 
 lint:            ## ruff, cython-lint, mypy --strict, stubtest
