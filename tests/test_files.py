@@ -823,6 +823,23 @@ def test_a_timeout_ends_a_read(run):
     run(main())
 
 
+def test_a_cancelled_call_that_fails_is_cancelled(run):
+    async def main():
+        async with files.open("/dev/full", "wb", 0) as file:
+            for count in range(20):
+                task = asyncio.create_task(file.write(b"x"))
+                await turns(count)
+                if task.done():
+                    with pytest.raises(OSError, match="space"):
+                        await task
+                    break
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    run(main())
+
+
 # ---- pipes and other streams -------------------------------------------------------------------------------
 
 

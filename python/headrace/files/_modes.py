@@ -44,7 +44,9 @@ class Opened:
         self.owned = owned
 
 
-@functools.lru_cache(64)
+_cached = functools.lru_cache(64)(Opened)
+
+
 def parsed(mode: str, buffering: int, owned: bool) -> Opened:
     """An Opened, which nobody changes: programs use few modes, and open often."""
-    return Opened(mode, buffering, owned)
+    return _cached(mode, buffering, owned)

@@ -106,8 +106,10 @@ def open(  # noqa: A001
     permissions : int
         Of a file that is created, less the process's umask.
 
-    Returns a :class:`BinaryFile` if the mode has a ``b``, else a :class:`TextFile`. Errors of the arguments, ValueError
-    and TypeError, are raised at once; OSError when it's awaited.
+    Returns
+    -------
+    What is awaited, or entered, for a :class:`BinaryFile` if the mode has a ``b``, else for a :class:`TextFile`. Errors
+    of the arguments, ValueError and TypeError, are raised at once; OSError when it's awaited.
     """
     opened = parsed(mode, buffering, closefd)
     if not isinstance(file, int):
