@@ -374,6 +374,40 @@ def test_text_file(run, tmp_path):
     run(main())
 
 
+def test_much_text(run, tmp_path):
+    """A long line, and much at a time: neither piece by piece, nor more than there is."""
+    text = "zwölf €\n" + "ä" * 1_000_000 + "\nend"
+    path = tmp_path / "t"
+    path.write_text(text, encoding="utf-8")
+
+    async def main():
+        async with files.open(path, encoding="utf-8") as file:
+            assert await file.read() == text
+            assert await file.read() == ""
+            await file.seek(0)
+            assert await file.read(600_000) == text[:600_000]
+            assert await file.readline() == text[600_000:-3]
+            told = await file.tell()
+            assert await file.readline() == "end"
+            await file.seek(told)
+            assert await file.read(2_000_000) == "end"
+        r, w = os.pipe()
+        async with files.open(r, encoding="utf-8") as reader:
+
+            async def write():
+                async with files.open(w, "w", encoding="utf-8") as writer:
+                    await writer.write(text)
+
+            task = asyncio.create_task(write())
+            assert await reader.readline() == "zwölf €\n"
+            assert await reader.read(100_000) == "ä" * 100_000
+            assert await reader.readline() == "ä" * 900_000 + "\n"
+            assert await reader.read() == "end"
+            await task
+
+    run(main())
+
+
 def test_undecodable_text_is_an_error(run, path):
     async def main():
         async with files.open(path, encoding="utf-8") as file:
