@@ -155,7 +155,7 @@ async def sequential_threads(data: Data) -> int:
     loop = asyncio.get_running_loop()
     count = 0
     with data.large.open("rb", buffering=0) as file:
-        while piece := await loop.run_in_executor(None, file.read, CHUNK):
+        while piece := await loop.run_in_executor(None, partial(file.read, CHUNK)):
             count += len(piece)
     return mebibytes(count, data)
 
@@ -206,7 +206,7 @@ async def read_headrace(path: Path) -> bytes:
 async def read_threads(path: Path) -> bytes:
     """Each call in a thread: as a library does it that doesn't know what comes next."""
     loop = asyncio.get_running_loop()
-    file = await loop.run_in_executor(None, partial(open, path, "rb"))
+    file = await loop.run_in_executor(None, partial(path.open, "rb"))
     try:
         return await loop.run_in_executor(None, file.read)
     finally:
@@ -287,7 +287,7 @@ def opened(workload: str, peer: str, data: Data) -> Iterator[Callable[[], int]]:
     """What runs a workload once and says how many events it had."""
     work = WORKLOADS[workload][peer]
     if peer == "blocking":
-        yield lambda: work(data)  # type: ignore[return-value]
+        yield lambda: work(data)  # type: ignore[misc,return-value]
         return
     if peer in ("aiofiles", "anyio"):
         importlib.import_module(peer)  # ImportError: it isn't there

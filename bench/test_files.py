@@ -15,7 +15,7 @@ from bench.suite import CLOCK, Board, Workload, play_back
 
 # In MiB. The page cache must hold it.
 SIZE = int(os.environ.get("HEADRACE_BENCH_FILE_SIZE", "256"))
-CASES = [(workload, peer) for workload, peers in WORKLOADS.items() for peer in peers]
+CASES = [(Row("micro", label=name), peer) for name, works in WORKLOADS.items() for peer in works]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,10 @@ def data() -> Iterator[Data]:
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize(("workload", "peer"), CASES, ids=[f"{workload}-{peer}" for workload, peer in CASES])
-def test_files(workload: str, peer: str, data: Data, benchmark: Any, board: Board) -> None:
+@pytest.mark.parametrize(("row", "peer"), CASES, ids=[f"{row.label}-{peer}" for row, peer in CASES])
+def test_files(row: Row, peer: str, data: Data, benchmark: Any, board: Board) -> None:
     """CPU time of the whole process, workers of the kernel included, per read, MiB or file."""
-    row = Row("micro", label=workload)
     peers: dict[str, Callable[[], Workload]] = {
-        name: partial(opened, workload, name, data) for name in WORKLOADS[workload]
+        name: partial(opened, row.label, name, data) for name in WORKLOADS[row.label]
     }
     play_back(benchmark, board.micro_result(row, peers), peer)
