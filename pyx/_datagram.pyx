@@ -269,10 +269,12 @@ cdef unsigned read_inet(hr_name *name, int family, tuple address):
 cdef class DatagramBatch:
     """What the endpoints of one loop share: buffers for a batch of datagrams, and the peers that were met.
 
-    Both are used only within one call, and never by two endpoints at a time: a loop does one thing after the other.
+    A batch is passed on before anything else is received. Whoever runs a turn of the loop within a callback makes its
+    ``reader`` put by what is left.
     """
 
     cdef hr_datagrams *batch
+    cdef Endpoint reader            # whose datagrams are in the buffers, while they are passed on
     cdef list by_name, by_object    # of Peer; a hash decides the place, and who comes later takes it
 
     def __cinit__(self):
@@ -364,7 +366,6 @@ cdef class DatagramTransport(Endpoint):
     cdef Engine engine
     cdef DatagramBatch shared
     cdef object protocol
-    cdef object received           # protocol.datagram_received, bound
     cdef object context            # contextvars of whoever made the endpoint; callbacks run in it
     cdef object sock
     cdef object address            # of remote_addr=: the only one that may be sent to
@@ -381,10 +382,12 @@ cdef class DatagramTransport(Endpoint):
     cdef long long sent_total      # datagrams, for the drain check of close()
     cdef Operation poll
     cdef int fd, family
+    cdef int next, count           # datagrams of the batch that this transport is passing on, if it is
     cdef int lost                  # > 0: no more can be sent; counts the attempts
     cdef bint connected            # the socket has a peer
     cdef bint reading              # receiving has begun
     cdef bint paused               # by pause_reading
+    cdef bint passing              # a batch is being passed on: the context is entered
     cdef bint held_scheduled
     cdef bint marked               # in the loop's list of what to flush
     cdef bint sending              # send_out is at work
@@ -463,7 +466,11 @@ cdef class DatagramTransport(Endpoint):
             self.arm()
 
     cdef int receive(self) except -1:
-        cdef int n = hr_receive(self.shared.batch, self.fd)
+        cdef int n
+        if self.shared.reader is not None:
+            (<DatagramTransport>self.shared.reader).hold()
+        self.engine.calls += 1
+        n = hr_receive(self.shared.batch, self.fd)
         if n > 0:
             return self.pass_batch(n)
         if n < 0 and n != -E_AGAIN and n != -E_INTR:
@@ -475,16 +482,22 @@ cdef class DatagramTransport(Endpoint):
         return 0
 
     cdef int pass_batch(self, int count) except -1:
-        cdef int i = 0
+        self.next = 0
+        self.count = count
+        self.shared.reader = self
+        self.passing = True
         PyContext_Enter(self.context)
         try:
-            while i < count and not self.paused and not self.closing:
-                i += 1
-                self.pass_received(i - 1)
+            while self.next < self.count and not self.paused and not self.closing:
+                self.next += 1
+                self.pass_received(self.next - 1)
         finally:
             PyContext_Exit(self.context)
-            if i < count and not self.closing:
-                self.hold(i, count)
+            self.passing = False
+            if self.shared.reader is self:
+                self.hold()
+            else:
+                self.schedule_held()
         return 0
 
     cdef int pass_received(self, int i) except -1:
@@ -502,7 +515,7 @@ cdef class DatagramTransport(Endpoint):
     cdef int pass_on(self, object data, object address) except -1:
         """As with asyncio, a protocol that fails is reported and goes on. Runs in the transport's context."""
         try:
-            self.received(data, address)
+            self.protocol.datagram_received(data, address)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -526,22 +539,27 @@ cdef class DatagramTransport(Endpoint):
 
     # ---- paused ---------------------------------------------------------------------------------------------
 
-    cdef int hold(self, int first, int count) except -1:
-        """Copies what is left of a batch: the buffers are wanted by other endpoints."""
+    cdef int hold(self) except -1:
+        """Copies what is left of the batch: the buffers are wanted by other endpoints."""
         cdef int i
         cdef unsigned size
+        self.shared.reader = None
+        if self.next == self.count or self.closing:
+            return 0
         self.held = []
-        for i in range(first, count):
+        for i in range(self.next, self.count):
             size = self.shared.batch.incoming[i].msg_len
             if size > HR_DATAGRAM_LIMIT:
                 self.held.append((None, self.too_long(size)))
             else:
                 data = PyBytes_FromStringAndSize(<char *>self.shared.batch.in_parts[i].iov_base, size)
                 self.held.append((data, self.shared.sender(i)))
+        self.next = self.count
         return self.schedule_held()
 
     cdef int schedule_held(self) except -1:
-        if self.held is not None and not self.held_scheduled and not self.paused and not self.closing:
+        if (self.held is not None and not self.held_scheduled and not self.passing and not self.paused
+                and not self.closing):
             self.held_scheduled = True
             self.loop.call_soon(self._pass_held, context=self.context)
         return 0
@@ -695,6 +713,7 @@ cdef class DatagramTransport(Endpoint):
             else:
                 count = i
                 break
+        self.engine.calls += 1
         return hr_send_out(batch, self.fd, <int>count)
 
     cdef int send_by_module(self, object item, object address) except? -1:
@@ -915,7 +934,7 @@ cdef class DatagramTransport(Endpoint):
         try:
             self.protocol.connection_lost(exc)
         finally:
-            self.protocol = self.received = None
+            self.protocol = None
             self.let_go()
 
     cdef int let_go(self) except -1:
@@ -952,7 +971,6 @@ cdef class DatagramTransport(Endpoint):
     def set_protocol(self, protocol):
         """Makes another protocol take over, from the next callback on."""
         self.protocol = protocol
-        self.received = getattr(protocol, "datagram_received", None)
 
     @property
     def __class__(self):

@@ -13,7 +13,7 @@ import random
 import socket
 import threading
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,12 @@ def peer(family: int = socket.AF_INET, address: Any = LOCALHOST) -> socket.socke
     return sock
 
 
-def nobody() -> tuple[str, int]:
-    """A UDP address that nobody receives at."""
+@contextlib.contextmanager
+def nobody() -> Iterator[tuple[str, int]]:
+    """A UDP address that nobody receives at: its socket is connected, and so takes nothing from others."""
     with peer() as sock:
-        address: tuple[str, int] = sock.getsockname()
-    return address
+        sock.connect(("127.0.0.1", 1))
+        yield sock.getsockname()
 
 
 async def turns(count: int = 3) -> None:
@@ -432,6 +433,30 @@ def test_a_flood_leaves_turns_to_others(loop: headrace.EventLoop) -> None:
     loop.run_until_complete(main())
 
 
+def test_a_turn_within_a_callback(loop: headrace.EventLoop) -> None:
+    """As nest_asyncio does it. The other endpoint's batch comes into the same buffers."""
+
+    async def main() -> None:
+        def nest(self: Any) -> None:
+            if len(self.received) == 1:
+                while not inner.received:
+                    loop._run_once()
+
+        inner_transport, inner = await endpoint()
+        transport, outer = await endpoint(Datagrams(received=nest), local_addr=LOCALHOST)
+        with peer() as other:
+            for i in range(4):
+                other.sendto(b"outer %d" % i, transport.get_extra_info("sockname"))
+            other.sendto(b"inner", inner_transport.get_extra_info("sockname"))
+            await outer.seen("received", 4)
+            assert sorted(outer.received) == [(b"outer %d" % i, other.getsockname()) for i in range(4)]
+            assert inner.received == [(b"inner", other.getsockname())]
+        await closed(transport, outer)
+        await closed(inner_transport, inner)
+
+    loop.run_until_complete(main())
+
+
 def test_callbacks_run_in_the_context_of_the_maker(loop: headrace.EventLoop) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
     seen: list[tuple[str, str]] = []
@@ -496,11 +521,12 @@ async def echo(log: list[Any]) -> None:
 @scenario
 async def nobody_there(log: list[Any]) -> None:
     """An ICMP error on a connected socket."""
-    transport, protocol = await endpoint(remote_addr=nobody())
-    transport.sendto(b"x")
-    await protocol.seen("error")
-    transport.sendto(b"x")
-    await protocol.seen("error", 2)
+    with nobody() as address:
+        transport, protocol = await endpoint(remote_addr=address)
+        transport.sendto(b"x")
+        await protocol.seen("error")
+        transport.sendto(b"x")
+        await protocol.seen("error", 2)
     log.append(transport.is_closing())
     await closed(transport, protocol)
     tell(log, protocol)
@@ -510,9 +536,10 @@ async def nobody_there(log: list[Any]) -> None:
 async def nobody_there_unconnected(log: list[Any]) -> None:
     """Nothing is told."""
     transport, protocol = await endpoint()
-    transport.sendto(b"x", nobody())
-    transport.sendto(b"y", transport.get_extra_info("sockname"))
-    await protocol.seen("received")
+    with nobody() as address:
+        transport.sendto(b"x", address)
+        transport.sendto(b"y", transport.get_extra_info("sockname"))
+        await protocol.seen("received")
     await closed(transport, protocol)
     tell(log, protocol)
 
@@ -631,10 +658,11 @@ for event in ("made", "received", "lost"):
 @scenario
 async def failing_error(log: list[Any]) -> None:
     found = reports(asyncio.get_running_loop())
-    transport, protocol = await endpoint(Datagrams(error=fails), remote_addr=nobody())
-    for i in range(2):
-        transport.sendto(b"x")
-        await protocol.seen("error", i + 1)
+    with nobody() as address:
+        transport, protocol = await endpoint(Datagrams(error=fails), remote_addr=address)
+        for i in range(2):
+            transport.sendto(b"x")
+            await protocol.seen("error", i + 1)
     log.append(transport.is_closing())
     await closed(transport, protocol)
     tell(log, protocol)
