@@ -2,9 +2,10 @@
 
 Rules
 -----
-* One poll is in flight per transport. When it completes, one ``recvmmsg`` takes up to ``BATCH`` datagrams; then it is
-  armed again, so that a busy socket can't keep the others waiting. No endpoint holds receive memory: the buffers belong
-  to the loop, since between two calls nothing is in them.
+* One poll is in flight per transport. When it completes, the transport takes its place in the ready queue, as
+  asyncio's does: what was ready before comes first. There one ``recvmmsg`` takes up to ``HR_BATCH`` datagrams; then the
+  poll is armed again, so that a busy socket can't keep the others waiting. No endpoint holds receive memory: the
+  buffers belong to the loop, since between two calls nothing is in them.
 * Sending only queues. At the end of the turn all that was queued goes out by ``sendmmsg``; earlier if it's more than
   one call takes, or more than the high-water mark. The protocol is paused only if the socket didn't take it.
 * A datagram that can't be sent is dropped, and ``error_received`` told from the ready queue, never from within a call
@@ -387,7 +388,7 @@ cdef class DatagramTransport(Endpoint):
     cdef bint connected            # the socket has a peer
     cdef bint reading              # receiving has begun
     cdef bint paused               # by pause_reading
-    cdef bint passing              # a batch is being passed on: the context is entered
+    cdef bint receiving            # from the poll's completion until the batch is passed on
     cdef bint held_scheduled
     cdef bint marked               # in the loop's list of what to flush
     cdef bint sending              # send_out is at work
@@ -447,8 +448,8 @@ cdef class DatagramTransport(Endpoint):
         self.arm()
 
     cdef int arm(self) except -1:
-        if (self.poll.state == IDLE and self.reading and not self.paused and not self.closing
-                and self.held is None):
+        if (self.poll.state == IDLE and self.reading and not self.receiving and not self.paused
+                and not self.closing and self.held is None):
             self.engine.submit(&self.poll)
         return 0
 
@@ -458,11 +459,19 @@ cdef class DatagramTransport(Endpoint):
             return self.check_finished() if self.ending else 0
         if result < 0 and result != -E_CANCELED and result != -E_INTR and result != -E_AGAIN:
             return self.force_close(os_error(result))    # not a socket any more: its owner closed it
-        if result < 0 or self.paused or self.held is not None:
+        if result < 0:
             return self.arm()
+        self.receiving = True
+        self.loop.call_soon(self._receive, context=self.context)
+        return 0
+
+    def _receive(self):
         try:
-            return self.receive()
+            if not self.closing and not self.paused:
+                self.receive()
         finally:
+            self.receiving = False
+            self.schedule_held()
             self.arm()
 
     cdef int receive(self) except -1:
@@ -474,30 +483,20 @@ cdef class DatagramTransport(Endpoint):
         if n > 0:
             return self.pass_batch(n)
         if n < 0 and n != -E_AGAIN and n != -E_INTR:
-            PyContext_Enter(self.context)
-            try:
-                self.tell_error(os_error(n))
-            finally:
-                PyContext_Exit(self.context)
+            self.tell_error(os_error(n))
         return 0
 
     cdef int pass_batch(self, int count) except -1:
         self.next = 0
         self.count = count
         self.shared.reader = self
-        self.passing = True
-        PyContext_Enter(self.context)
         try:
             while self.next < self.count and not self.paused and not self.closing:
                 self.next += 1
                 self.pass_received(self.next - 1)
         finally:
-            PyContext_Exit(self.context)
-            self.passing = False
             if self.shared.reader is self:
                 self.hold()
-            else:
-                self.schedule_held()
         return 0
 
     cdef int pass_received(self, int i) except -1:
@@ -513,7 +512,7 @@ cdef class DatagramTransport(Endpoint):
                                   "aren't received")
 
     cdef int pass_on(self, object data, object address) except -1:
-        """As with asyncio, a protocol that fails is reported and goes on. Runs in the transport's context."""
+        """As with asyncio, a protocol that fails is reported and goes on."""
         try:
             self.protocol.datagram_received(data, address)
         except (SystemExit, KeyboardInterrupt):
@@ -555,10 +554,10 @@ cdef class DatagramTransport(Endpoint):
                 data = PyBytes_FromStringAndSize(<char *>self.shared.batch.in_parts[i].iov_base, size)
                 self.held.append((data, self.shared.sender(i)))
         self.next = self.count
-        return self.schedule_held()
+        return 0
 
     cdef int schedule_held(self) except -1:
-        if (self.held is not None and not self.held_scheduled and not self.passing and not self.paused
+        if (self.held is not None and not self.held_scheduled and not self.receiving and not self.paused
                 and not self.closing):
             self.held_scheduled = True
             self.loop.call_soon(self._pass_held, context=self.context)

@@ -727,6 +727,18 @@ async def pausing(log: list[Any]) -> None:
 
 
 @scenario
+async def what_was_ready_comes_first(log: list[Any]) -> None:
+    """A datagram that has arrived waits behind callbacks that are ready already."""
+    transport, protocol = await endpoint(Datagrams(received=lambda _: log.append("received")))
+    await turns()
+    with peer() as other:
+        other.sendto(b"x", transport.get_extra_info("sockname"))
+        asyncio.get_running_loop().call_soon(log.append, "ready")
+        await protocol.seen("received")
+    await closed(transport, protocol)
+
+
+@scenario
 async def broadcast(log: list[Any]) -> None:
     """With allow_broadcast the socket isn't connected, and still has one address only."""
     transport, protocol = await endpoint(remote_addr=("127.255.255.255", 9), allow_broadcast=True)
@@ -787,7 +799,8 @@ async def a_full_unix_peer(log: list[Any]) -> None:
     received = [await run(None, far.recv, 100) for _ in range(sent + 100)]
     log.append(received[sent:])
     await protocol.seen("lost")
-    log.append((transport.get_write_buffer_size(), protocol.events))
+    # 3.13.0's asyncio never takes off the 8 bytes that it adds for a header, and may not resume.
+    log.append([event for event in protocol.events if event != "resume"])
     far.close()
 
 
@@ -855,6 +868,7 @@ def test_a_full_peer_of_an_unconnected_unix_socket(loop: headrace.EventLoop, tmp
         assert transport.get_write_buffer_size() <= 125
         transport.sendto(b"room again", str(path))
         await loop.run_in_executor(None, drain, far, 1)
+        assert transport.get_write_buffer_size() == 0
         await closed(transport, protocol)
 
     with far:
