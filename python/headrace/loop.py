@@ -209,6 +209,7 @@ class EventLoop(LoopCore, asyncio.SelectorEventLoop):
         if self.is_closed():
             return
         self._engine_close()
+        self._datagrams = None
         super().close()
         _loops.discard(self)
 
