@@ -13,7 +13,7 @@ import random
 import socket
 import threading
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from streams import Recorder, connected, reports
 
 PATIENCE = 20.0  # seconds; a blocking peer waits no longer for a datagram
 LOCALHOST = ("127.0.0.1", 0)
-# What test_datagrams_arrive_whole sends: all that's asked for with HEADRACE_DATAGRAMS=100000.
-MANY = int(os.environ.get("HEADRACE_DATAGRAMS", 5000))
+# What test_datagrams_arrive_whole sends of each size: HEADRACE_DATAGRAMS=100000 takes ten seconds and more.
+MANY = int(os.environ.get("HEADRACE_DATAGRAMS", 20_000))
 
 
 class Datagrams(Recorder, asyncio.DatagramProtocol):
@@ -71,11 +71,12 @@ def peer(family: int = socket.AF_INET, address: Any = LOCALHOST) -> socket.socke
     return sock
 
 
-def nobody() -> tuple[str, int]:
-    """A UDP address that nobody receives at."""
+@contextlib.contextmanager
+def nobody() -> Iterator[tuple[str, int]]:
+    """A UDP address that nobody receives at: its socket is connected, and so takes nothing from others."""
     with peer() as sock:
-        address: tuple[str, int] = sock.getsockname()
-    return address
+        sock.connect(("127.0.0.1", 1))
+        yield sock.getsockname()
 
 
 async def turns(count: int = 3) -> None:
@@ -280,17 +281,16 @@ class Window(asyncio.DatagramProtocol):
 @pytest.mark.parametrize(("size", "window"), [(1500, 48), (65507, 2)])
 def test_datagrams_arrive_whole(loop: headrace.EventLoop, size: int, window: int) -> None:
     noise = random.Random(size).randbytes(size + 4096)
-    count = MANY if size == 1500 else MANY // 5 if "HEADRACE_DATAGRAMS" not in os.environ else MANY
 
     async def main() -> None:
         receiver, counter = await loop.create_datagram_endpoint(lambda: Counter(size, noise), LOCALHOST)
         sender, sending = await loop.create_datagram_endpoint(
-            lambda: Window(count, window, lambda number: pattern(number, size, noise)),
+            lambda: Window(MANY, window, lambda number: pattern(number, size, noise)),
             remote_addr=receiver.get_extra_info("sockname"),
         )
         sending.send()
         await sending.done
-        assert counter.count == count
+        assert counter.count == MANY
         assert not counter.wrong
         sender.close()
         receiver.close()
@@ -432,6 +432,30 @@ def test_a_flood_leaves_turns_to_others(loop: headrace.EventLoop) -> None:
     loop.run_until_complete(main())
 
 
+def test_a_turn_within_a_callback(loop: headrace.EventLoop) -> None:
+    """As nest_asyncio does it. The other endpoint's batch comes into the same buffers."""
+
+    async def main() -> None:
+        def nest(self: Any) -> None:
+            if len(self.received) == 1:
+                while not inner.received:
+                    loop._run_once()
+
+        inner_transport, inner = await endpoint()
+        transport, outer = await endpoint(Datagrams(received=nest), local_addr=LOCALHOST)
+        with peer() as other:
+            for i in range(4):
+                other.sendto(b"outer %d" % i, transport.get_extra_info("sockname"))
+            other.sendto(b"inner", inner_transport.get_extra_info("sockname"))
+            await outer.seen("received", 4)
+            assert sorted(outer.received) == [(b"outer %d" % i, other.getsockname()) for i in range(4)]
+            assert inner.received == [(b"inner", other.getsockname())]
+        await closed(transport, outer)
+        await closed(inner_transport, inner)
+
+    loop.run_until_complete(main())
+
+
 def test_callbacks_run_in_the_context_of_the_maker(loop: headrace.EventLoop) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
     seen: list[tuple[str, str]] = []
@@ -496,11 +520,12 @@ async def echo(log: list[Any]) -> None:
 @scenario
 async def nobody_there(log: list[Any]) -> None:
     """An ICMP error on a connected socket."""
-    transport, protocol = await endpoint(remote_addr=nobody())
-    transport.sendto(b"x")
-    await protocol.seen("error")
-    transport.sendto(b"x")
-    await protocol.seen("error", 2)
+    with nobody() as address:
+        transport, protocol = await endpoint(remote_addr=address)
+        transport.sendto(b"x")
+        await protocol.seen("error")
+        transport.sendto(b"x")
+        await protocol.seen("error", 2)
     log.append(transport.is_closing())
     await closed(transport, protocol)
     tell(log, protocol)
@@ -510,9 +535,10 @@ async def nobody_there(log: list[Any]) -> None:
 async def nobody_there_unconnected(log: list[Any]) -> None:
     """Nothing is told."""
     transport, protocol = await endpoint()
-    transport.sendto(b"x", nobody())
-    transport.sendto(b"y", transport.get_extra_info("sockname"))
-    await protocol.seen("received")
+    with nobody() as address:
+        transport.sendto(b"x", address)
+        transport.sendto(b"y", transport.get_extra_info("sockname"))
+        await protocol.seen("received")
     await closed(transport, protocol)
     tell(log, protocol)
 
@@ -631,10 +657,11 @@ for event in ("made", "received", "lost"):
 @scenario
 async def failing_error(log: list[Any]) -> None:
     found = reports(asyncio.get_running_loop())
-    transport, protocol = await endpoint(Datagrams(error=fails), remote_addr=nobody())
-    for i in range(2):
-        transport.sendto(b"x")
-        await protocol.seen("error", i + 1)
+    with nobody() as address:
+        transport, protocol = await endpoint(Datagrams(error=fails), remote_addr=address)
+        for i in range(2):
+            transport.sendto(b"x")
+            await protocol.seen("error", i + 1)
     log.append(transport.is_closing())
     await closed(transport, protocol)
     tell(log, protocol)
@@ -699,6 +726,18 @@ async def pausing(log: list[Any]) -> None:
 
 
 @scenario
+async def what_was_ready_comes_first(log: list[Any]) -> None:
+    """A datagram that has arrived waits behind callbacks that are ready already."""
+    transport, protocol = await endpoint(Datagrams(received=lambda _: log.append("received")))
+    await turns()
+    with peer() as other:
+        other.sendto(b"x", transport.get_extra_info("sockname"))
+        asyncio.get_running_loop().call_soon(log.append, "ready")
+        await protocol.seen("received")
+    await closed(transport, protocol)
+
+
+@scenario
 async def broadcast(log: list[Any]) -> None:
     """With allow_broadcast the socket isn't connected, and still has one address only."""
     transport, protocol = await endpoint(remote_addr=("127.255.255.255", 9), allow_broadcast=True)
@@ -759,7 +798,8 @@ async def a_full_unix_peer(log: list[Any]) -> None:
     received = [await run(None, far.recv, 100) for _ in range(sent + 100)]
     log.append(received[sent:])
     await protocol.seen("lost")
-    log.append((transport.get_write_buffer_size(), protocol.events))
+    # 3.13.0's asyncio never takes off the 8 bytes that it adds for a header, and may not resume.
+    log.append([event for event in protocol.events if event != "resume"])
     far.close()
 
 
@@ -827,6 +867,7 @@ def test_a_full_peer_of_an_unconnected_unix_socket(loop: headrace.EventLoop, tmp
         assert transport.get_write_buffer_size() <= 125
         transport.sendto(b"room again", str(path))
         await loop.run_in_executor(None, drain, far, 1)
+        assert transport.get_write_buffer_size() == 0
         await closed(transport, protocol)
 
     with far:
