@@ -31,6 +31,7 @@ COLUMNS = {
     "datagram-sink": (("CPU us/datagram", "cpu_us_per_request"), ("datagrams/s", "requests_per_second")),
     "micro": (("CPU us/event", "cpu_us_per_event"),),
     "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
+    "client": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),

@@ -41,6 +41,7 @@ METRICS = {
     "datagram-sink": "cpu_us_per_request",
     "micro": "cpu_us_per_event",
     "web": "cpu_us_per_request",
+    "client": "cpu_us_per_request",
 }
 LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
 
@@ -55,7 +56,8 @@ class ServerError(RuntimeError):
 class Row:
     """One line of a table: what the load generator does, or work inside this process (mode "micro").
 
-    In mode "web" the load comes from ``web_load.py``, and the label is the application's name.
+    In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the
+    application.
     """
 
     mode: str
@@ -80,7 +82,7 @@ class Row:
 
     def __str__(self) -> str:
         if self.label:
-            return f"{self.label} -n {self.connections}" if self.mode == "web" else self.label
+            return f"{self.label} -n {self.connections}" if self.mode in ("web", "client") else self.label
         if self.mode == "storm":
             return f"storm -n {self.connections}"
         if self.mode == "source":

@@ -106,7 +106,7 @@ def postgres_cluster() -> Iterator[Postgres]:
             "listen_addresses": where.host,
             "port": where.port,
             "unix_socket_directories": home,
-            "max_connections": 60,
+            "max_connections": 200,
             "fsync": "off",
         }
         options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
