@@ -1,4 +1,4 @@
-"""Clients as peers: ``client_application.py LOOP APPLICATION CONNECTIONS ADDRESS...`` prints ``READY 0`` when connected.
+"""Clients as peers: ``client_application.py LOOP APPLICATION CONNECTIONS ADDRESS...``; ``READY 0`` when connected.
 
 For each line on standard input, a number of seconds, every connection makes requests one after the other for so long;
 then a line of JSON says what a request cost this process. It ends with its input.

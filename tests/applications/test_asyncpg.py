@@ -104,12 +104,16 @@ def test_notifications(postgres: Postgres, engine_name: str) -> None:
     async def main() -> None:
         listener, sender = await connect(postgres), await connect(postgres)
         heard: list[str] = []
-        await listener.add_listener("news", lambda _connection, _pid, _channel, text: heard.append(text))
+
+        def hear(_connection: Any, _pid: int, _channel: str, text: str) -> None:
+            heard.append(text)
+
+        await listener.add_listener("news", hear)
         for number in range(300):
             await sender.execute("SELECT pg_notify('news', $1)", str(number))
         await until(lambda: len(heard) == 300)
         assert heard == [str(number) for number in range(300)]
-        await listener.remove_listener("news", lambda *_: None)
+        await listener.remove_listener("news", hear)
         await asyncio.gather(listener.close(), sender.close())
 
     clean_run(main, engine_name)
@@ -138,17 +142,20 @@ def test_a_pool_of_10_under_200_tasks(postgres: Postgres, engine_name: str) -> N
 
 def test_cancelled_queries_leave_the_connection_usable(postgres: Postgres, engine_name: str) -> None:
     async def main() -> None:
-        connection = await connect(postgres)
+        connection, other = await connect(postgres), await connect(postgres)
+        pid = connection.get_server_pid()
+        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep'"
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 await connection.fetchval("SELECT pg_sleep(60)", timeout=0.05)
             task = asyncio.create_task(connection.fetchval("SELECT pg_sleep(60)"))
-            await asyncio.sleep(0.02)
+            while not await other.fetchval(sleeping, pid):
+                await asyncio.sleep(0.005)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert await connection.fetchval("SELECT 7") == 7
-        await connection.close()
+        await asyncio.gather(connection.close(), other.close())
 
     clean_run(main, engine_name)
 
