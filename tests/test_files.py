@@ -1253,6 +1253,9 @@ def test_a_loop_that_is_closed_meanwhile_leaves_nothing_open(loop, run, path):
 
     opened, tasks = run(begin())
     loop.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio_"):
+            thread.join(20)  # a call that a thread has begun holds the descriptor until it's done
     for task in tasks:
         task._log_destroy_pending = False
     opened.clear()
