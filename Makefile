@@ -52,7 +52,7 @@ asan:            ## the engine, pool and transport tests under AddressSanitizer 
 conformance:     ## CPython's own asyncio tests on both engines
 	@WITH_CPYTHON_TESTS=1 .ci/setup
 	@for engine in uring epoll; do \
-		$(BIN)/python tests/conformance/run.py factories:$$engine --known tests/conformance/whitebox.txt \
+		$(BIN)/python tests/conformance/run.py factories:$$engine --known tests/conformance/known.txt \
 			--compare asyncio -j 2 --json conformance-$$engine.json $(ARGS) || failed=1; \
 	done; [ -z "$$failed" ]
 

@@ -30,6 +30,7 @@ MODULES = (
     "_stream",
     "_listener",
     "_file",
+    "_datagram",
 )
 # What a change to a C header must rebuild: setuptools can't see through Cython.
 HEADERS = {"_uring": ["pyx/uring_abi.h"]}

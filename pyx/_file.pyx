@@ -272,7 +272,6 @@ cdef class FileOperation(Endpoint):
             raise asyncio.CancelledError() if self.message is None else asyncio.CancelledError(self.message)
         if self.error is not None:
             raise self.error
-        self.opened = -1     # the caller's from now on
         return self.value
 
     def __await__(self):
@@ -285,7 +284,10 @@ cdef class FileOperation(Endpoint):
         if not self.ended:
             self._asyncio_future_blocking = True
             return self
-        raise StopIteration(self.result())
+        value = self.result()
+        # The task's from now on. Not in result() already: a task that was cancelled meanwhile calls that, too.
+        self.opened = -1
+        raise StopIteration(value)
 
     # ---- for headrace.files ---------------------------------------------------------------------------------
 
@@ -473,14 +475,19 @@ def lease_bytes(LoopCore loop not None, bytes data not None):
 
 # ---- calls on paths -------------------------------------------------------------------------------------------
 
-def open_file(LoopCore loop not None, bytes path not None, int flags, uint32_t mode, filename):
-    """Begins openat(2), close-on-exec; the result is a descriptor, which is the caller's when it has got it."""
+def open_file(LoopCore loop not None, bytes path not None, int flags, uint32_t mode, filename, bint wait=False):
+    """Begins openat(2), close-on-exec; the result is a descriptor, which is the caller's when it has got it.
+
+    What io_uring tries first, within the submission, is an open with O_NONBLOCK, and a FIFO succeeds or fails (ENXIO)
+    with that. With `wait` a worker of the kernel opens it, and waits for the other end.
+    """
     cdef FileOperation operation = new_operation(loop, OPENAT, AT_FDCWD)
     operation.keep = path
     operation.filename = filename
     operation.call.address = <uint64_t>PyBytes_AS_STRING(path)
     operation.call.length = mode
     operation.call.flags = <uint32_t>(flags | O_CLOEXEC)
+    operation.call.worker = wait
     operation.begin()
     return operation
 

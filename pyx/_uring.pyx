@@ -47,7 +47,7 @@ cdef extern from "uring_abi.h" nogil:
         HR_SETUP_COOP_TASKRUN, HR_SETUP_TASKRUN_FLAG, HR_SETUP_SINGLE_ISSUER, HR_SETUP_DEFER_TASKRUN
         HR_SETUP_NO_SQARRAY
         HR_SQ_CQ_OVERFLOW, HR_SQ_TASKRUN
-        HR_SQE_BUFFER_SELECT, HR_SQE_CQE_SKIP_SUCCESS
+        HR_SQE_ASYNC, HR_SQE_BUFFER_SELECT, HR_SQE_CQE_SKIP_SUCCESS
         HR_ACCEPT_MULTISHOT, HR_RECV_MULTISHOT, HR_CANCEL_ALL, HR_CANCEL_ANY
         HR_CQE_F_BUFFER, HR_CQE_F_MORE, HR_CQE_F_BUF_MORE
     int hr_ring_open(hr_ring *ring, unsigned entries, unsigned cq_entries, uint32_t flags)
@@ -561,6 +561,7 @@ cdef class UringEngine(Engine):
             entry.off = call.offset
             entry.len = call.length
             entry.op_flags = call.flags
+            entry.flags = HR_SQE_ASYNC if call.worker else 0
         else:
             raise EngineError(f"there is no operation of kind {operation.kind}")
         return 0

@@ -58,6 +58,7 @@ cdef struct FileCall:
     uint32_t length       # bytes, or a mode
     uint32_t flags        # of the call
     uint8_t opcode
+    bint worker           # let a worker of the kernel do it from the beginning (IOSQE_ASYNC)
 
 
 cdef struct Operation:

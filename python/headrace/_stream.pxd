@@ -29,6 +29,10 @@ cdef extern from *:
         sockaddr any
 
 
+# What the socket module makes of an IPv4 or IPv6 address; None for anything else.
+cdef object address_of(headrace_address *address)
+
+
 cdef struct Vector:
     msghdr header
     iovec parts[64]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from headrace import starttls
+from headrace._datagram import DatagramBatch, DatagramTransport
 from headrace._engine import Engine
 from headrace._epoll import EpollEngine
 from headrace._listener import Listener
@@ -34,6 +35,9 @@ __all__ = ["EventLoop", "new_event_loop", "run"]
 logger = logging.getLogger("headrace")
 
 T = TypeVar("T")
+
+# What datagram transports of ours know the addresses of; of other sockets, asyncio's own take care.
+DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 ENGINES = ("uring", "epoll")
 
@@ -95,6 +99,7 @@ class EventLoop(SocketOperations):
         self._completion_entries = completion_entries
         self._reason = ""
         self._listeners: dict[socket.socket, Listener] = {}
+        self._datagrams: DatagramBatch | None = None
         self._previous_wakeup_fd: int | None = None
         _loops.add(self)
 
@@ -253,6 +258,25 @@ class EventLoop(SocketOperations):
         self._ensure_fd_no_transport(sock)
         self._need_engine()
         return StreamTransport(self, sock, protocol, waiter, extra, server)
+
+    def _make_datagram_transport(
+        self,
+        sock: socket.socket,
+        protocol: asyncio.DatagramProtocol,
+        address: Any = None,
+        waiter: asyncio.Future[None] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> asyncio.DatagramTransport:
+        self._ensure_fd_no_transport(sock)
+        if sock.family not in DATAGRAM_FAMILIES or sock.type != socket.SOCK_DGRAM:
+            inherited: asyncio.DatagramTransport = super()._make_datagram_transport(  # type: ignore[misc]
+                sock, protocol, address, waiter, extra
+            )
+            return inherited
+        self._need_engine()
+        if self._datagrams is None:
+            self._datagrams = DatagramBatch()
+        return DatagramTransport(self, self._datagrams, sock, protocol, address, waiter, extra)
 
     def _make_ssl_transport(
         self,

@@ -1,11 +1,11 @@
 """CPython's own asyncio tests, run over any event loop.
 
-    python tests/conformance/run.py factories:uring --known tests/conformance/whitebox.txt
+    python tests/conformance/run.py factories:uring --known tests/conformance/known.txt
     python tests/conformance/run.py asyncio:SelectorEventLoop --suite events
 
 CPython writes most of its event-loop tests as mixins with one hook that makes the loop; this file subclasses
 each mixin with the factory it was given. The rest call ``asyncio.new_event_loop()``, so the default policy is
-taught to use the factory too. whitebox.txt names the tests that look inside ``BaseEventLoop`` or mock
+taught to use the factory too. known.txt names the tests that look inside ``BaseEventLoop`` or mock
 its private methods: they say nothing of another implementation.
 
 A run is good when every test that isn't in ``--known`` passed, when as many ran as ``--compare`` says, and,
@@ -15,6 +15,7 @@ for the factories of factories.py, when every turn ran on the engine that was fo
 from __future__ import annotations
 
 import asyncio
+import datetime
 import importlib
 import json
 import platform
@@ -292,6 +293,7 @@ def main() -> int:
             {
                 "python": platform.python_version(),
                 "kernel": platform.release(),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "factory": options.factory,
                 "complaints": complaints,
                 "suites": {

@@ -42,6 +42,22 @@ class Operation(Protocol[T]):
     def __await__(self) -> Generator[Any, Any, T]: ...
 
 
+class Borrowed:
+    """A buffer of the user's as bytes, for the time of a call: afterwards a bytearray can be resized again."""
+
+    def __init__(self, buffer: ReadableBuffer) -> None:
+        self.given = memoryview(buffer)
+        self.view = self.given.cast("B")
+
+    def __enter__(self) -> memoryview:
+        return self.view
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is not GeneratorExit:  # the loop is gone, and the operation still has the buffer
+            self.view.release()
+            self.given.release()
+
+
 class AsyncFile:
     """What binary and text files have in common."""
 
@@ -165,20 +181,20 @@ class BinaryFile(AsyncFile):
         The kernel writes to the buffer itself. It's left alone again when this returns or raises.
         """
         self._check_readable()
-        view = memoryview(buffer).cast("B")
-        if view.readonly:
-            raise TypeError("readinto() needs a writable buffer")
-        async with self._lock:
-            await self._drain()
-            have = min(self._available(), len(view))
-            if self._seekable and len(view) - have >= max(self._limit, 1):
-                return await self._read_directly_into(view, have)
-            while self._available() < len(view) and await self._fill():
-                pass
-            have = min(self._available(), len(view))
-            view[:have] = memoryview(self._ahead)[self._at : self._at + have]
-            self._skip(have)
-            return have
+        with Borrowed(buffer) as view:
+            if view.readonly:
+                raise TypeError("readinto() needs a writable buffer")
+            async with self._lock:
+                await self._drain()
+                have = min(self._available(), len(view))
+                if self._seekable and len(view) - have >= max(self._limit, 1):
+                    return await self._read_directly_into(view, have)
+                while self._available() < len(view) and await self._fill():
+                    pass
+                have = min(self._available(), len(view))
+                view[:have] = memoryview(self._ahead)[self._at : self._at + have]
+                self._skip(have)
+                return have
 
     async def read_lease(self, size: int = 256 * 1024) -> Lease:
         """Up to `size` bytes from the position on, as a :class:`headrace.Lease`; an empty one at the end of the file.
@@ -263,7 +279,7 @@ class BinaryFile(AsyncFile):
         next call that needs it. `data` must not change until this returns.
         """
         self._check_writable()
-        with memoryview(data) as given, given.cast("B") as view:
+        with Borrowed(data) as view:
             async with self._lock:
                 self._check_writable()
                 self._forget_ahead()
@@ -292,7 +308,7 @@ class BinaryFile(AsyncFile):
             raise ValueError(f"offset must not be negative: {offset}")
         if self._pending:
             await self.flush()
-        with memoryview(data) as given, given.cast("B") as view:
+        with Borrowed(data) as view:
             count = await self._open_descriptor().write(view, offset) if len(view) else 0
         self._forget_ahead()
         self._size = max(self._size, offset + count)
@@ -484,7 +500,8 @@ class BinaryFile(AsyncFile):
         return data
 
     async def _read_directly_into(self, view: memoryview, have: int) -> int:
-        count = await self._open_descriptor().readinto(view[have:], self._position + have)
+        with Borrowed(view[have:]) as rest:
+            count = await self._open_descriptor().readinto(rest, self._position + have)
         view[:have] = memoryview(self._ahead)[self._at : self._at + have]
         self._forget_ahead()
         self._position += have + count

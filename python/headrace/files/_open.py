@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import errno
 import io
 import locale
 import os
+import stat as stat_module
 import sys
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
@@ -156,18 +158,42 @@ async def open_binary(
             raise ValueError(f"opener returned {fd}")
     elif isinstance(loop, LoopCore) and _file.supported(loop, "open"):
         sys.audit("open", name, None, flags)  # as os.open does
-        operation = _file.open_file(loop, encode(name), flags, permissions, name)
-        try:
-            fd = await operation
-        except BaseException:
-            operation.discard()
-            raise
+        fd = await open_by_ring(loop, name, flags, permissions)
     else:
         fd = await open_file(loop, open_path(name, flags, permissions))
     try:
         return BinaryFile(loop, fd, file if isinstance(file, str | bytes) else name, opened)
     except BaseException:
         os.close(fd)
+        raise
+
+
+async def open_by_ring(loop: LoopCore, name: StrOrBytesPath, flags: int, permissions: int) -> int:
+    path = encode(name)
+    try:
+        fd = await begun(_file.open_file(loop, path, flags, permissions, name))
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:
+            raise
+        return await begun(_file.open_file(loop, path, flags, permissions, name, wait=True))
+    try:
+        if not stat_module.S_ISFIFO(os.fstat(fd).st_mode):
+            return fd
+        # It's open before anybody writes to it, which only an open with O_NONBLOCK may be. The first descriptor stays
+        # until there is a second: a writer that has seen it isn't to meet a broken pipe.
+        second = await begun(_file.open_file(loop, path, flags, permissions, name, wait=True))
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return second
+
+
+async def begun(operation: _file.FileOperation[int]) -> int:
+    try:
+        return await operation
+    except BaseException:
+        operation.discard()
         raise
 
 

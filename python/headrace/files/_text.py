@@ -247,7 +247,7 @@ class TextFile(AsyncFile):
             position, state, skip = offset & (1 << 64) - 1, offset >> 64 & (1 << 64) - 1, offset >> 128
             position = await file.seek(position, whence)
             self._forget_text()
-            if state:
+            if whence == os.SEEK_SET and offset:  # state 0 isn't always that of the beginning: UTF-16
                 self._decoder.setstate((b"", state))
             if position:
                 self._encoder.setstate(0)

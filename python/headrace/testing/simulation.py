@@ -178,6 +178,13 @@ class SimulatedLoop(EventLoop):
             sock = VirtualSocket(self.simulated, self.simulated.listen((host, port), backlog=backlog))
         return await super().create_server(protocol_factory, sock=sock, backlog=backlog, **options)
 
+    async def create_datagram_endpoint(self, *arguments: Any, **options: Any) -> Any:
+        """Raises NotImplementedError: the simulated network carries streams only."""
+        raise NotImplementedError(
+            "the simulated network has no datagrams; test protocols that use them on a real loop: "
+            "headrace.new_event_loop()"
+        )
+
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Waits for the executor's threads without a time limit: it would be in virtual time, and over at once."""
         await super().shutdown_default_executor()
