@@ -22,7 +22,16 @@ COLUMNS = {
     ),
     "sink": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
     "source": (("CPU s/GB", "cpu_seconds_per_gigabyte"), ("GB/s", "gigabytes_per_second")),
+    "datagram-echo": (
+        ("CPU us/datagram", "cpu_us_per_request"),
+        ("echoes/s", "requests_per_second"),
+        ("p50 us", "p50_us"),
+        ("p99 us", "p99_us"),
+    ),
+    "datagram-sink": (("CPU us/datagram", "cpu_us_per_request"), ("datagrams/s", "requests_per_second")),
     "micro": (("CPU us/event", "cpu_us_per_event"),),
+    "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
+    "client": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),
@@ -104,7 +113,7 @@ def method(result: Result) -> str:
     """One line for below a table: how it was measured, and how to read the ratios."""
     how = (
         "CPU time in this process"
-        if result.row.label
+        if result.row.mode == "micro"
         else (f"{result.settings.seconds:g} s each, {result.placement.note}")
     )
     return (

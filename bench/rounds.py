@@ -37,9 +37,13 @@ METRICS = {
     "sink": "cpu_seconds_per_gigabyte",
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
+    "datagram-echo": "cpu_us_per_request",
+    "datagram-sink": "cpu_us_per_request",
     "micro": "cpu_us_per_event",
+    "web": "cpu_us_per_request",
+    "client": "cpu_us_per_request",
 }
-LOADS = ("echo", "sink", "source", "storm")
+LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -50,13 +54,17 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what the load generator does, or (mode "micro") work inside this process."""
+    """One line of a table: what the load generator does, or work inside this process (mode "micro").
+
+    In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the
+    application.
+    """
 
     mode: str
     connections: int = 1
     size: int = 64
     rate: float = 0.0  # bytes per second in total; 0: as fast as it goes
-    label: str = ""  # of a micro row
+    label: str = ""  # of a micro or web row
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -64,7 +72,7 @@ class Row:
         words = shlex.split(text)
         if not words or words[0] not in LOADS or len(words) % 2 == 0:
             raise ValueError(
-                f"a row is 'echo|sink|source|storm [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
+                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
             )
         given = dict(zip(words[1::2], words[2::2], strict=True))
         unknown = given.keys() - {"-n", "-s", "-r"}
@@ -74,7 +82,7 @@ class Row:
 
     def __str__(self) -> str:
         if self.label:
-            return self.label
+            return f"{self.label} -n {self.connections}" if self.mode in ("web", "client") else self.label
         if self.mode == "storm":
             return f"storm -n {self.connections}"
         if self.mode == "source":

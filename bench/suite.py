@@ -117,7 +117,7 @@ class Board:
         """The row's figures; measured now if they haven't been."""
         if row not in self.results:
             # Ratios need their denominators, whatever -k has left over.
-            needed = [REFERENCE, LIMIT_PEER]
+            needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, LIMIT_PEER]
             if any(peer.endswith("-streams") for peer in self.selected[row]):
                 needed.append(f"{REFERENCE}-streams")
             peers = list(dict.fromkeys([*needed, *self.selected[row]]))

@@ -2,9 +2,10 @@
 
 Rules
 -----
-* One poll is in flight per transport. When it completes, one ``recvmmsg`` takes up to ``BATCH`` datagrams; then it is
-  armed again, so that a busy socket can't keep the others waiting. No endpoint holds receive memory: the buffers belong
-  to the loop, since between two calls nothing is in them.
+* One poll is in flight per transport. When it completes, the transport takes its place in the ready queue, as
+  asyncio's does: what was ready before comes first. There one ``recvmmsg`` takes up to ``HR_BATCH`` datagrams; then the
+  poll is armed again, so that a busy socket can't keep the others waiting. No endpoint holds receive memory: the
+  buffers belong to the loop, since between two calls nothing is in them.
 * Sending only queues. At the end of the turn all that was queued goes out by ``sendmmsg``; earlier if it's more than
   one call takes, or more than the high-water mark. The protocol is paused only if the socket didn't take it.
 * A datagram that can't be sent is dropped, and ``error_received`` told from the ready queue, never from within a call
@@ -269,10 +270,12 @@ cdef unsigned read_inet(hr_name *name, int family, tuple address):
 cdef class DatagramBatch:
     """What the endpoints of one loop share: buffers for a batch of datagrams, and the peers that were met.
 
-    Both are used only within one call, and never by two endpoints at a time: a loop does one thing after the other.
+    A batch is passed on before anything else is received. Whoever runs a turn of the loop within a callback makes its
+    ``reader`` put by what is left.
     """
 
     cdef hr_datagrams *batch
+    cdef Endpoint reader            # whose datagrams are in the buffers, while they are passed on
     cdef list by_name, by_object    # of Peer; a hash decides the place, and who comes later takes it
 
     def __cinit__(self):
@@ -364,7 +367,6 @@ cdef class DatagramTransport(Endpoint):
     cdef Engine engine
     cdef DatagramBatch shared
     cdef object protocol
-    cdef object received           # protocol.datagram_received, bound
     cdef object context            # contextvars of whoever made the endpoint; callbacks run in it
     cdef object sock
     cdef object address            # of remote_addr=: the only one that may be sent to
@@ -381,10 +383,12 @@ cdef class DatagramTransport(Endpoint):
     cdef long long sent_total      # datagrams, for the drain check of close()
     cdef Operation poll
     cdef int fd, family
+    cdef int next, count           # datagrams of the batch that this transport is passing on, if it is
     cdef int lost                  # > 0: no more can be sent; counts the attempts
     cdef bint connected            # the socket has a peer
     cdef bint reading              # receiving has begun
     cdef bint paused               # by pause_reading
+    cdef bint receiving            # from the poll's completion until the batch is passed on
     cdef bint held_scheduled
     cdef bint marked               # in the loop's list of what to flush
     cdef bint sending              # send_out is at work
@@ -444,8 +448,8 @@ cdef class DatagramTransport(Endpoint):
         self.arm()
 
     cdef int arm(self) except -1:
-        if (self.poll.state == IDLE and self.reading and not self.paused and not self.closing
-                and self.held is None):
+        if (self.poll.state == IDLE and self.reading and not self.receiving and not self.paused
+                and not self.closing and self.held is None):
             self.engine.submit(&self.poll)
         return 0
 
@@ -455,36 +459,44 @@ cdef class DatagramTransport(Endpoint):
             return self.check_finished() if self.ending else 0
         if result < 0 and result != -E_CANCELED and result != -E_INTR and result != -E_AGAIN:
             return self.force_close(os_error(result))    # not a socket any more: its owner closed it
-        if result < 0 or self.paused or self.held is not None:
+        if result < 0:
             return self.arm()
+        self.receiving = True
+        self.loop.call_soon(self._receive, context=self.context)
+        return 0
+
+    def _receive(self):
         try:
-            return self.receive()
+            if not self.closing and not self.paused:
+                self.receive()
         finally:
+            self.receiving = False
+            self.schedule_held()
             self.arm()
 
     cdef int receive(self) except -1:
-        cdef int n = hr_receive(self.shared.batch, self.fd)
+        cdef int n
+        if self.shared.reader is not None:
+            (<DatagramTransport>self.shared.reader).hold()
+        self.engine.calls += 1
+        n = hr_receive(self.shared.batch, self.fd)
         if n > 0:
             return self.pass_batch(n)
         if n < 0 and n != -E_AGAIN and n != -E_INTR:
-            PyContext_Enter(self.context)
-            try:
-                self.tell_error(os_error(n))
-            finally:
-                PyContext_Exit(self.context)
+            self.tell_error(os_error(n))
         return 0
 
     cdef int pass_batch(self, int count) except -1:
-        cdef int i = 0
-        PyContext_Enter(self.context)
+        self.next = 0
+        self.count = count
+        self.shared.reader = self
         try:
-            while i < count and not self.paused and not self.closing:
-                i += 1
-                self.pass_received(i - 1)
+            while self.next < self.count and not self.paused and not self.closing:
+                self.next += 1
+                self.pass_received(self.next - 1)
         finally:
-            PyContext_Exit(self.context)
-            if i < count and not self.closing:
-                self.hold(i, count)
+            if self.shared.reader is self:
+                self.hold()
         return 0
 
     cdef int pass_received(self, int i) except -1:
@@ -500,9 +512,9 @@ cdef class DatagramTransport(Endpoint):
                                   "aren't received")
 
     cdef int pass_on(self, object data, object address) except -1:
-        """As with asyncio, a protocol that fails is reported and goes on. Runs in the transport's context."""
+        """As with asyncio, a protocol that fails is reported and goes on."""
         try:
-            self.received(data, address)
+            self.protocol.datagram_received(data, address)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -526,22 +538,27 @@ cdef class DatagramTransport(Endpoint):
 
     # ---- paused ---------------------------------------------------------------------------------------------
 
-    cdef int hold(self, int first, int count) except -1:
-        """Copies what is left of a batch: the buffers are wanted by other endpoints."""
+    cdef int hold(self) except -1:
+        """Copies what is left of the batch: the buffers are wanted by other endpoints."""
         cdef int i
         cdef unsigned size
+        self.shared.reader = None
+        if self.next == self.count or self.closing:
+            return 0
         self.held = []
-        for i in range(first, count):
+        for i in range(self.next, self.count):
             size = self.shared.batch.incoming[i].msg_len
             if size > HR_DATAGRAM_LIMIT:
                 self.held.append((None, self.too_long(size)))
             else:
                 data = PyBytes_FromStringAndSize(<char *>self.shared.batch.in_parts[i].iov_base, size)
                 self.held.append((data, self.shared.sender(i)))
-        return self.schedule_held()
+        self.next = self.count
+        return 0
 
     cdef int schedule_held(self) except -1:
-        if self.held is not None and not self.held_scheduled and not self.paused and not self.closing:
+        if (self.held is not None and not self.held_scheduled and not self.receiving and not self.paused
+                and not self.closing):
             self.held_scheduled = True
             self.loop.call_soon(self._pass_held, context=self.context)
         return 0
@@ -695,6 +712,7 @@ cdef class DatagramTransport(Endpoint):
             else:
                 count = i
                 break
+        self.engine.calls += 1
         return hr_send_out(batch, self.fd, <int>count)
 
     cdef int send_by_module(self, object item, object address) except? -1:
@@ -915,7 +933,7 @@ cdef class DatagramTransport(Endpoint):
         try:
             self.protocol.connection_lost(exc)
         finally:
-            self.protocol = self.received = None
+            self.protocol = None
             self.let_go()
 
     cdef int let_go(self) except -1:
@@ -952,7 +970,6 @@ cdef class DatagramTransport(Endpoint):
     def set_protocol(self, protocol):
         """Makes another protocol take over, from the next callback on."""
         self.protocol = protocol
-        self.received = getattr(protocol, "datagram_received", None)
 
     @property
     def __class__(self):

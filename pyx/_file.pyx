@@ -117,6 +117,11 @@ cdef class FileOperation(Endpoint):
         if self.call.opcode == CLOSE and self.operation.fd < 0 and self.descriptor is not None:
             self.descriptor.fd = -1    # closed by the kernel; the engine knows, and nobody was told
 
+    def __repr__(self):
+        state = "ended" if self.ended else "being cancelled" if self.cancelling else "in flight"
+        names = [name for name, opcode in OPCODES.items() if opcode == self.call.opcode]
+        return f"<FileOperation {names[0]}, fd {self.operation.fd}, {state}>"
+
     # ---- the engine's side ----------------------------------------------------------------------------------
 
     cdef int begin(self) except -1:

@@ -92,7 +92,10 @@ cdef class Listener(Endpoint):
                 return 0
             self.retry_delay = RETRY_FIRST
             try:
-                self.connection(result)
+                if self.loop._debug:
+                    self.connection_watched(result)
+                else:
+                    self.connection(result)
             finally:    # an interrupt ends that connection, not the listener
                 self.arm()
             return 0
@@ -124,6 +127,16 @@ cdef class Listener(Endpoint):
                 "socket": trsock.TransportSocket(self.sock),
             })
         return 0
+
+    cdef int connection_watched(self, int fd) except -1:
+        """The same in debug mode: a factory or ``connection_made`` that takes long is named, as callbacks are."""
+        cdef double began = self.loop.clock(), seconds
+        try:
+            return self.connection(fd)
+        finally:
+            seconds = self.loop.clock() - began
+            if seconds >= self.loop.slow_callback_duration:
+                self.loop.was_slow(f"{self.factory!r} of {self.server!r}", seconds)
 
     cdef int connection(self, int fd) except -1:
         """A new connection, in a context of its own."""

@@ -546,7 +546,7 @@ cdef class LoopCore:
                 fileno = int(fd.fileno())
             except (AttributeError, TypeError, ValueError):
                 raise ValueError(f"Invalid file object: {fd!r}") from None
-        transport = self._transports.get(fileno)    # inherited datagram transports
+        transport = self._transports.get(fileno)    # inherited: datagrams of other families
         if transport is None and 0 <= fileno < self.transports_size and self.transports[<int>fileno] != NULL:
             transport = <object>self.transports[<int>fileno]
         if transport is not None and not transport.is_closing():

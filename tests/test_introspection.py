@@ -14,7 +14,7 @@ import pytest
 
 import headrace
 from headrace import stats, testing
-from streams import Bytes, connected, in_thread
+from streams import PATIENCE, Bytes, connected, in_thread
 
 
 async def turn() -> None:
@@ -170,10 +170,31 @@ def test_debug_mode_names_a_slow_protocol(loop: headrace.EventLoop, caplog: pyte
     with caplog.at_level(logging.WARNING, "asyncio"):
         loop.run_until_complete(main())
     slow = [line for line in caplog.messages if "Bytes object" in line and "StreamTransport fd=" in line]
-    assert len(slow) == 1
+    assert slow
     assert slow[0].startswith("Executing <")
     assert slow[0].endswith(" seconds")
     assert loop.stats()["slow_callbacks"] >= 1
+
+
+def test_debug_mode_names_a_slow_factory(loop: headrace.EventLoop, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose protocols are made as a completion, too: that of an accept."""
+
+    def dawdling_factory() -> asyncio.Protocol:
+        time.sleep(0.03)
+        return Bytes(made=lambda recorder: recorder.transport.close())
+
+    async def main() -> None:
+        server = await loop.create_server(dawdling_factory, "127.0.0.1", 0)
+        peer = await in_thread(socket.create_connection, server.sockets[0].getsockname(), PATIENCE)
+        assert await in_thread(peer.recv, 1) == b""
+        peer.close()
+        server.close()
+
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0.02
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        loop.run_until_complete(main())
+    assert any("dawdling_factory" in line and "took" in line for line in caplog.messages)
 
 
 def test_debug_mode_names_a_slow_task(loop: headrace.EventLoop, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What the loop inherits from asyncio works through its turn, on both engines: selector, signals, processes, UDP."""
+"""What the loop inherits from asyncio works through its turn, on both engines: selector, signals, processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -270,39 +269,6 @@ def test_the_wake_up_descriptor_is_given_back(loop: headrace.EventLoop) -> None:
             assert signal.set_wakeup_fd(mine.fileno()) == mine.fileno()
         finally:
             signal.set_wakeup_fd(before)
-
-
-# ---- datagrams -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_datagrams(loop: headrace.EventLoop, host: str) -> None:
-    class Echo(asyncio.DatagramProtocol):
-        def connection_made(self, transport: Any) -> None:
-            self.transport = transport
-
-        def datagram_received(self, data: bytes, address: Any) -> None:
-            self.transport.sendto(data, address)
-
-    class Client(asyncio.DatagramProtocol):
-        def __init__(self) -> None:
-            self.received: asyncio.Queue[bytes] = asyncio.Queue()
-
-        def datagram_received(self, data: bytes, address: Any) -> None:
-            self.received.put_nowait(data)
-
-    async def main() -> None:
-        served, _ = await loop.create_datagram_endpoint(Echo, local_addr=(host, 0))
-        address = served.get_extra_info("sockname")[:2]
-        transport, client = await loop.create_datagram_endpoint(Client, remote_addr=address)
-        for size in (1, 1400, 9000):
-            data = os.urandom(size)
-            transport.sendto(data)
-            assert await client.received.get() == data
-        transport.close()
-        served.close()
-
-    loop.run_until_complete(main())
 
 
 # ---- names ---------------------------------------------------------------------------------------------------

@@ -74,8 +74,10 @@ def factory_that_raises():
 
 
 @pytest.fixture
-def own_tests(pytester: pytest.Pytester) -> pytest.Pytester:
+def own_tests(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A directory with protocols to import, whose pytest knows the plugin."""
+    # Else pytest-benchmark takes it for a worker of ours, and measures nothing.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(my_protocols=PROTOCOLS)
     pytester.makeini(
         "[pytest]\naddopts = -p no:cacheprovider -p no:asyncio\nfilterwarnings = error\npythonpath = .\n"

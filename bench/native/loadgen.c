@@ -1,12 +1,14 @@
 /* loadgen: puts load on a server and says what it cost the server. One thread, epoll, one JSON object on stdout.
  *
- * usage: loadgen echo|sink|source|storm -p PORT [options]
+ * usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [options]
  *
  * echo    each connection sends SIZE bytes, waits until they are back, and sends them again
  * sink    sends SIZE bytes at a time without end, or at RATE in total; the server only receives
  * source  sends one byte, then receives without end
  * storm   opens all connections as fast as it can with one echoed byte each, then leaves them idle:
  *         accept rate, CPU per accepted connection, memory per idle connection
+ * datagram-echo  echo over UDP, one datagram each; what hasn't come back after 0.1 s is sent again
+ * datagram-sink  sends datagrams of SIZE bytes without end; counted is what the server has answered, one to 16
  *
  *   -n CONNECTIONS (1)   -s BYTES (64)     -t SECONDS measured (1)   -w SECONDS before that (0.3)
  *   -P PID of the server, for its CPU time and memory                -r BYTES per second (sink)
@@ -58,6 +60,9 @@ enum {
     UNSERVED = 1024,
     SETTLE_MICROSECONDS = 600000,
     EXTRA_SECONDS = 30,
+    /* Datagrams that the server answers once. */
+    ANSWERED = 16,
+    RESEND_MILLISECONDS = 100,
 };
 
 static const uint64_t SECOND = 1000000000ull;
@@ -73,7 +78,7 @@ static struct {
 static void parse_options(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: loadgen echo|sink|source|storm -p PORT [-n -s -t -w -P -r -D -v -l]\n");
+        fprintf(stderr, "usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [-n -s -t -w -P -r -D -v -l]\n");
         exit(USAGE);
     }
     options.mode = argv[1];
@@ -362,7 +367,7 @@ static struct {
     uint64_t not_before, start, end;
     struct usage usage;
     double own_cpu;
-    uint64_t requests, bytes;
+    uint64_t requests, bytes, lost;
 } measured;
 
 static void plan_measurement(void)
@@ -378,7 +383,7 @@ static int measure(uint64_t time, int all_served)
     if (time < measured.not_before || !all_served)
         return 0;
     measured.begun = 1;
-    measured.requests = measured.bytes = 0;
+    measured.requests = measured.bytes = measured.lost = 0;
     memset(histogram, 0, sizeof histogram);
     measured.own_cpu = own_cpu_seconds();
     measured.usage = server_usage();
@@ -419,6 +424,8 @@ static void print_result(void)
         printf(", \"p50_us\": %.1f, \"p99_us\": %.1f, \"p999_us\": %.1f", percentile_us(0.5, requests),
                percentile_us(0.99, requests), percentile_us(0.999, requests));
     }
+    if (measured.lost)
+        printf(", \"lost\": %llu", (unsigned long long)measured.lost);
     if (measured.bytes && strcmp(options.mode, "echo"))
         printf(", \"cpu_seconds_per_gigabyte\": %.6f",
                (double)(usage.on_cpu - measured.usage.on_cpu) / 1e9 / gigabytes);
@@ -658,6 +665,98 @@ static void run_storm(void)
            after_kib, (double)(after_kib - before_kib) * 1024 / n);
 }
 
+/* ---- datagrams ---- */
+
+static void dial_datagrams(int index)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    struct sockaddr_in address = {
+        .sin_family = AF_INET,
+        .sin_port = htons((uint16_t)options.port),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address))
+        stop(CANT_CONNECT, "connect");
+    connections[index].fd = fd;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &connections[index]};
+    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+static void send_datagram(struct connection *connection)
+{
+    connection->begun = now();
+    if (send(connection->fd, pattern, (size_t)options.size, MSG_NOSIGNAL) < 0 && errno != EAGAIN)
+        stop(CANT_SEND, "send");
+}
+
+static void receive_datagram(struct connection *connection)
+{
+    size_t count = receive(connection, RECEIVE_SIZE, 0);
+    if (!count)
+        return;
+    if (count != (size_t)options.size || (options.verify && memcmp(received_bytes, pattern, count))) {
+        fprintf(stderr, "wrong bytes in an echo of %zu\n", count);
+        exit(WRONG_BYTES);
+    }
+    histogram[step_of(now() - connection->begun)]++;
+    measured.requests++;
+    measured.bytes += count;
+    mark_served(connection);
+    send_datagram(connection);
+}
+
+static void resend_lost(void)
+{
+    uint64_t time = now();
+    for (int i = 0; i < options.connections; i++) {
+        if (time - connections[i].begun > RESEND_MILLISECONDS * 1000000ull) {
+            measured.lost++;
+            send_datagram(&connections[i]);
+        }
+    }
+}
+
+static void run_datagram_echo(void)
+{
+    struct epoll_event events[EVENTS_PER_WAIT];
+    uint64_t looked = now();
+    for (int i = 0; i < options.connections; i++) {
+        dial_datagrams(i);
+        send_datagram(&connections[i]);
+    }
+    plan_measurement();
+    while (!measure(now(), served == options.connections)) {
+        int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, RESEND_MILLISECONDS);
+        for (int i = 0; i < count; i++)
+            receive_datagram(events[i].data.ptr);
+        if (now() - looked > RESEND_MILLISECONDS * 1000000ull) {
+            looked = now();
+            resend_lost();
+        }
+    }
+}
+
+/* Only what the server tells of counts: it answers every 16th datagram. The rest was lost in its receive buffer. */
+static void run_datagram_sink(void)
+{
+    uint64_t sent = 0;
+    dial_datagrams(0);
+    plan_measurement();
+    while (!measure(now(), served == 1)) {
+        if (!measured.requests)
+            sent = 0;
+        for (int i = 0; i < ANSWERED; i++)
+            send_datagram(&connections[0]);
+        sent += ANSWERED;
+        while (receive(&connections[0], RECEIVE_SIZE, 0)) {
+            mark_served(&connections[0]);
+            measured.requests += ANSWERED;
+            measured.bytes += (uint64_t)ANSWERED * (uint64_t)options.size;
+        }
+    }
+    measured.lost = sent > measured.requests ? sent - measured.requests : 0;
+}
+
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
@@ -674,12 +773,16 @@ int main(int argc, char **argv)
         run_echo();
     else if (!strcmp(options.mode, "source"))
         run_source();
+    else if (!strcmp(options.mode, "datagram-echo"))
+        run_datagram_echo();
+    else if (!strcmp(options.mode, "datagram-sink"))
+        run_datagram_sink();
     else if (!strcmp(options.mode, "sink") && options.rate > 0)
         run_paced_sink();
     else if (!strcmp(options.mode, "sink"))
         run_sink();
     else {
-        fprintf(stderr, "unknown mode %s: echo, sink, source or storm\n", options.mode);
+        fprintf(stderr, "unknown mode %s: echo, sink, source, storm, datagram-echo or datagram-sink\n", options.mode);
         return USAGE;
     }
     print_result();

@@ -5,7 +5,8 @@ usage: loop_server.py LOOP KIND PORT MODE
 LOOP: asyncio, uvloop, rloop or headrace (on the engine that HEADRACE_ENGINE names)
 KIND: bytes (asyncio.Protocol), buffered (asyncio.BufferedProtocol), streams (asyncio streams) or, on
       headrace, lease (headrace.Protocol)
-MODE: echo, sink (receive and forget) or source (send without end after the first byte)
+MODE: echo, sink (receive and forget) or source (send without end after the first byte); on UDP, with bytes,
+      datagram-echo or datagram-sink (every 16th is answered)
 
 Default settings, no tuning, the same code for every loop. Prints ``READY <port>`` when it listens.
 """
@@ -141,6 +142,28 @@ def add_lease_protocols() -> None:
     )
 
 
+class DatagramEcho(asyncio.DatagramProtocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.transport.sendto(data, addr)
+
+
+class DatagramSink(asyncio.DatagramProtocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.received = 0
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.received += 1
+        if self.received % 16 == 0:
+            self.transport.sendto(b"16 more", addr)
+
+
+DATAGRAMS = {"datagram-echo": DatagramEcho, "datagram-sink": DatagramSink}
+
+
 async def echo_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while data := await reader.read(65536):
         writer.write(data)
@@ -189,7 +212,19 @@ def check_engine(loop: Any) -> None:
         raise SystemExit(f"runs on {loop.engine_name}, not on {wanted}: {loop.engine_reason}")
 
 
+async def serve_datagrams(name: str, port: int, mode: str) -> None:
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(DATAGRAMS[mode], ("127.0.0.1", port))
+    if name == "headrace":
+        check_engine(loop)
+    print("READY", transport.get_extra_info("sockname")[1], flush=True)
+    await asyncio.Event().wait()
+
+
 async def main(name: str, kind: str, port: int, mode: str) -> None:
+    if mode in DATAGRAMS:
+        await serve_datagrams(name, port, mode)
+        return
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("0.0.0.0", port))

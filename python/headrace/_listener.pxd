@@ -15,5 +15,6 @@ cdef class Listener(Endpoint):
 
     cdef int arm(self) except -1
     cdef int connection(self, int fd) except -1
+    cdef int connection_watched(self, int fd) except -1
     cdef int refused(self, int error) except -1
     cdef int secure_connection(self, int fd) except -1

@@ -218,6 +218,7 @@ class EventLoop(SocketOperations):
         if self.is_closed():
             return
         self._engine_close()
+        self._datagrams = None
         super().close()
         self._child_processes.close()
         _loops.discard(self)

@@ -35,7 +35,7 @@ from web import (  # noqa: E402
 T = TypeVar("T")
 
 TASKS = 50
-REQUESTS = 5  # of each task
+REQUESTS = 3  # of each task
 CONNECTIONS = 10
 
 Client = Any  # httpx.AsyncClient

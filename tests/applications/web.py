@@ -27,9 +27,8 @@ CHUNK = 64 * 1024
 
 
 def engine_of(loop: asyncio.AbstractEventLoop) -> str:
-    """``"EventLoop uring"``: which loop runs, and on what. Other packages' loops have no engine."""
-    engine = getattr(loop, "_engine", None)
-    return f"{type(loop).__module__.split('.')[0]} {getattr(engine, 'name', None)}"
+    """``"headrace uring"``: whose loop runs, and on what. Other packages' loops have no engine."""
+    return f"{type(loop).__module__.split('.')[0]} {getattr(loop, 'engine_name', None)}"
 
 
 @functools.cache
@@ -84,10 +83,9 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def tasks_ended(before: set[asyncio.Task[Any]]) -> None:
-    """Fails if a task that wasn't there before doesn't end by itself; an application may still be closing."""
-    current = asyncio.current_task()
-    rest = asyncio.all_tasks() - before - {current} if current else set()
+async def tasks_ended() -> None:
+    """Fails if another task doesn't end by itself; an application may still be closing."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
     if rest:
         _, left = await asyncio.wait(rest, timeout=PATIENCE)
         assert not left, f"tasks left: {left}"
@@ -111,7 +109,7 @@ async def supervised(main: Callable[[], Coroutine[Any, Any, T]], engine: str, er
     loop.set_exception_handler(lambda _, context: errors.append(repr(context)))
     async with asyncio.timeout(PATIENCE):
         result = await main()
-    await tasks_ended(set())
+    await tasks_ended()
     return result
 
 

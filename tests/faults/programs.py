@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from restrictions import become_nobody, deny_io_uring
+from restrictions import become_nobody, deny_io_uring, deny_pidfd_open
 
 import headrace
 
@@ -76,6 +76,21 @@ def run_or_error(engine: str | None = None) -> dict[str, Any]:
 def denied_by_seccomp(error: int, engine: str | None = None, runs: int = 1) -> list[dict[str, Any]]:
     deny_io_uring(error)
     return [run_or_error(engine) for _ in range(runs)]
+
+
+@program
+def processes_without_pidfds(error: int, engine: str) -> list[int]:
+    """The exit codes of child processes under a filter that knows no ``pidfd_open``."""
+    deny_pidfd_open(error)
+
+    async def exit_code(code: int) -> int:
+        process = await asyncio.create_subprocess_exec("sh", "-c", f"exit {code}")
+        return await process.wait()
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*(exit_code(code) for code in range(5)))
+
+    return headrace.run(main(), engine=engine)
 
 
 @program

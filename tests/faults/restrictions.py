@@ -1,4 +1,4 @@
-"""What takes io_uring away from a process: a seccomp filter, and being a user who may lock little memory."""
+"""What takes system calls away from a process: a seccomp filter, and being a user who may lock little memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import resource
 import struct
 
-__all__ = ["become_nobody", "deny_io_uring"]
+__all__ = ["become_nobody", "deny_io_uring", "deny_pidfd_open"]
 
-IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture since Linux 5.1
+# The same on every architecture since Linux 5.1.
+IO_URING_CALLS = (425, 426, 427)  # setup, enter, register
+PIDFD_OPEN = 434
 
 _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
@@ -27,19 +29,27 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _filter(error: int) -> bytes:
-    calls = len(IO_URING_CALLS)
+def _filter(calls: tuple[int, ...], error: int) -> bytes:
     instructions = [(_LOAD_NUMBER, 0, 0, 0)]
     # On a match, over the calls not looked at yet and the return that allows.
-    instructions += [(_JUMP_EQUAL, calls - index, 0, call) for index, call in enumerate(IO_URING_CALLS)]
+    instructions += [(_JUMP_EQUAL, len(calls) - index, 0, call) for index, call in enumerate(calls)]
     instructions += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | error)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
 
 
 def deny_io_uring(error: int) -> None:
     """From now on io_uring's system calls fail with ``error`` in this process, as under Docker's default profile."""
+    _deny(IO_URING_CALLS, error)
+
+
+def deny_pidfd_open(error: int) -> None:
+    """From now on ``pidfd_open`` fails with ``error``, as under profiles older than Linux 5.3."""
+    _deny((PIDFD_OPEN,), error)
+
+
+def _deny(calls: tuple[int, ...], error: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    code = _filter(error)
+    code = _filter(calls, error)
     program = _Program(len(code) // 8, code)
     zero = ctypes.c_ulong(0)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero) != 0:

@@ -24,6 +24,14 @@ def test_seccomp_filter_leads_to_epoll_and_one_line(error: int) -> None:
     assert_said_once(outcome.said, REASONS[error])
 
 
+@pytest.mark.parametrize("error", REASONS, ids=["EPERM", "ENOSYS"])
+def test_child_processes_under_a_filter_without_pidfd_open(error: int, engine_name: str) -> None:
+    """asyncio's own way serves them, quietly."""
+    outcome = run_program("processes_without_pidfds", error=error, engine=engine_name)
+    assert outcome.result == [0, 1, 2, 3, 4]
+    assert outcome.said == []
+
+
 @needs_root
 @needs_uring
 def test_no_lockable_memory_leads_to_epoll_and_one_line() -> None:

@@ -85,13 +85,15 @@ class BinaryFile(AsyncFile):
     allow, and OSError as the system has it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, name: Any, opened: Opened) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, fd: int, status: os.stat_result, name: Any, opened: Opened
+    ) -> None:
         self._loop = loop
         self._name = name
         self._mode = opened.mode
         self._readable, self._writable, self._appending = opened.readable, opened.writable, opened.appending
         self._descriptor: _file.Descriptor | ThreadDescriptor | None = None
-        found = describe(fd, opened, name)
+        found = describe(fd, status, opened, name)
         self._seekable = found.seekable
         self._size = found.size  # as far as is known: how much the next read should ask for
         self._position = found.position
@@ -584,9 +586,7 @@ class Found:
         self.position = position
 
 
-def describe(fd: int, opened: Opened, name: Any) -> Found:
-    """Neither call waits for a disk or a server: opening has just brought the attributes."""
-    status = os.fstat(fd)
+def describe(fd: int, status: os.stat_result, opened: Opened, name: Any) -> Found:
     if stat_module.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 # An operation costs a turn of the loop, so files look further ahead than io's 8 KiB.
@@ -41,3 +42,11 @@ class Opened:
         self.line_buffering = buffering == 1
         self.buffering = BUFFER_SIZE if buffering < 0 or buffering == 1 else buffering
         self.owned = owned
+
+
+_cached = functools.lru_cache(64)(Opened)
+
+
+def parsed(mode: str, buffering: int, owned: bool) -> Opened:
+    """An Opened, which nobody changes: programs use few modes, and open often."""
+    return _cached(mode, buffering, owned)

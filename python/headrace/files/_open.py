@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from headrace import _file
 from headrace._loop import LoopCore
 from headrace.files._binary import AsyncFile, BinaryFile
-from headrace.files._modes import Opened
+from headrace.files._modes import Opened, parsed
 from headrace.files._text import TextFile
 from headrace.files._threads import open_file, open_path
 
@@ -106,10 +106,12 @@ def open(  # noqa: A001
     permissions : int
         Of a file that is created, less the process's umask.
 
-    Returns a :class:`BinaryFile` if the mode has a ``b``, else a :class:`TextFile`. Errors of the arguments, ValueError
-    and TypeError, are raised at once; OSError when it's awaited.
+    Returns
+    -------
+    What is awaited, or entered, for a :class:`BinaryFile` if the mode has a ``b``, else for a :class:`TextFile`. Errors
+    of the arguments, ValueError and TypeError, are raised at once; OSError when it's awaited.
     """
-    opened = Opened(mode, buffering, closefd)
+    opened = parsed(mode, buffering, closefd)
     if not isinstance(file, int):
         os.fspath(file)
         if not closefd:
@@ -139,7 +141,11 @@ async def open_text(
     newline: str | None,
 ) -> TextFile:
     buffer = await open_binary(file, opened, opener, permissions)
-    return TextFile(buffer, encoding, errors, newline, opened.line_buffering)
+    try:
+        return TextFile(buffer, encoding, errors, newline, opened.line_buffering)
+    except BaseException:
+        await buffer.aclose()
+        raise
 
 
 async def open_binary(
@@ -150,19 +156,24 @@ async def open_binary(
 ) -> BinaryFile:
     loop = asyncio.get_running_loop()
     if isinstance(file, int):
-        return BinaryFile(loop, file, file, opened)
+        return BinaryFile(loop, file, os.fstat(file), file, opened)
     name, flags = os.fspath(file), opened.flags
+    core = loop if isinstance(loop, LoopCore) and _file.supported(loop, "open") else None
     if opener is not None:
         fd = await open_file(loop, lambda: opener(name, flags | os.O_CLOEXEC))  # type: ignore[arg-type]
         if fd < 0:
             raise ValueError(f"opener returned {fd}")
-    elif isinstance(loop, LoopCore) and _file.supported(loop, "open"):
+    elif core is not None:
         sys.audit("open", name, None, flags)  # as os.open does
-        fd = await open_by_ring(loop, name, flags, permissions)
+        fd = await open_by_ring(core, name, flags, permissions)
     else:
         fd = await open_file(loop, open_path(name, flags, permissions))
     try:
-        return BinaryFile(loop, fd, file if isinstance(file, str | bytes) else name, opened)
+        # This doesn't wait for a disk or a server: opening has just brought the attributes.
+        status = os.fstat(fd)
+        if stat_module.S_ISFIFO(status.st_mode) and core is not None and opener is None:
+            fd = await open_other_end(core, fd, name, flags, permissions)
+        return BinaryFile(loop, fd, status, name, opened)
     except BaseException:
         os.close(fd)
         raise
@@ -171,21 +182,22 @@ async def open_binary(
 async def open_by_ring(loop: LoopCore, name: StrOrBytesPath, flags: int, permissions: int) -> int:
     path = encode(name)
     try:
-        fd = await begun(_file.open_file(loop, path, flags, permissions, name))
+        return await begun(_file.open_file(loop, path, flags, permissions, name))
     except OSError as exc:
         if exc.errno != errno.ENXIO:
             raise
         return await begun(_file.open_file(loop, path, flags, permissions, name, wait=True))
-    try:
-        if not stat_module.S_ISFIFO(os.fstat(fd).st_mode):
-            return fd
-        # It's open before anybody writes to it, which only an open with O_NONBLOCK may be. The first descriptor stays
-        # until there is a second: a writer that has seen it isn't to meet a broken pipe.
-        second = await begun(_file.open_file(loop, path, flags, permissions, name, wait=True))
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
+
+
+async def open_other_end(
+    loop: LoopCore, first: int, name: StrOrBytesPath, flags: int, permissions: int
+) -> int:
+    """A FIFO, opened as blocking opens do it: when somebody has the other end. Closes `first`, once there is a second.
+
+    The ring opened `first` as with O_NONBLOCK, at once. A writer that has met it isn't to find a broken pipe.
+    """
+    second = await begun(_file.open_file(loop, encode(name), flags, permissions, name, wait=True))
+    os.close(first)
     return second
 
 

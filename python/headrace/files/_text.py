@@ -6,7 +6,6 @@ import asyncio
 import codecs
 import io
 import os
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -98,12 +97,20 @@ class TextFile(AsyncFile):
         """The next `size` characters: fewer, or none, only at the end of the file. By default all that follow."""
         self.buffer._check_readable()
         async with self._lock:
-            wanted = sys.maxsize if size is None or size < 0 else size
-            parts: list[str] = []
-            while len(self._text) - self._used < wanted and await self._decode_more():
-                pass
-            parts.append(self._take(min(wanted, len(self._text) - self._used)))
-            return "".join(parts)
+            if size is None or size < 0:
+                return await self._read_all()
+            while (missing := size - (len(self._text) - self._used)) > 0:
+                # A character has at least one byte: this many will be needed.
+                if not await self._decode_more(missing):
+                    break
+            return self._take(size)
+
+    async def _read_all(self) -> str:
+        data = await self.buffer.read()
+        text = self._text[self._used :] + self._decoder.decode(data, final=True)
+        self._text, self._used = "", 0
+        self._marks.clear()
+        return text
 
     async def readline(self, limit: int = -1) -> str:
         """The next line with its end, or at most `limit` characters of it; empty at the end of the file."""
@@ -122,7 +129,8 @@ class TextFile(AsyncFile):
                 if end:
                     return self._take(length)
                 seen = max(length - 1, 0)  # a line end of two characters may be half there
-                if not await self._decode_more():
+                # A long line is fetched in ever larger pieces; a stream might not have them.
+                if not await self._decode_more(seen if self.seekable() else 0):
                     return self._take(len(self._text) - self._used)
 
     def _line_end(self, start: int) -> int:
@@ -152,10 +160,10 @@ class TextFile(AsyncFile):
             raise StopAsyncIteration
         return line
 
-    async def _decode_more(self) -> bool:
-        """Decodes some more of the file; False at its end."""
+    async def _decode_more(self, wanted: int = 0) -> bool:
+        """Decodes some more of the file, if `wanted` is large as many bytes; False at its end."""
         file = self.buffer
-        data = await file.read1(TEXT_CHUNK)
+        data = await (file.read(wanted) if wanted > TEXT_CHUNK else file.read1(TEXT_CHUNK))
         held, state = self._decoder.getstate()
         position = file._position - len(data) - len(held)
         text = self._decoder.decode(data, final=not data)

@@ -81,12 +81,14 @@ class Job(Generic[T]):
         cancelled = None
         while not future.done():
             try:
-                await asyncio.wait((future,))
+                await asyncio.shield(future)
             except asyncio.CancelledError as exc:
                 if not self.surely and self.claim.acquire(blocking=False):
                     future.cancel()
                     raise
                 cancelled = exc
+            except Exception:
+                break  # the function's own
         if cancelled is not None:
             future.exception()  # retrieved: the cancellation goes first
             raise cancelled
