@@ -171,7 +171,8 @@ cdef class BufferPool:
         self.copies += 1
         return wrap(self, PyBytes_FromStringAndSize(data, size))
 
-    cdef Lease adopt(self, bytes heap):
+    cpdef Lease adopt(self, bytes heap):
+        """A lease on bytes that lie on the heap already."""
         return wrap(self, heap)
 
     cdef void trim(self) noexcept:
