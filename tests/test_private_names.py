@@ -34,7 +34,6 @@ PACKAGE = ROOT / "python/headrace"
 
 # On an instance of asyncio.SelectorEventLoop: inherited, called or overridden.
 LOOP = {
-    "_accept_connection2",
     "_add_reader",
     "_add_writer",
     "_check_callback",
@@ -106,11 +105,9 @@ MODULES = {
     asyncio.events: {"_event_loop_policy"},
     asyncio.format_helpers: {"_format_callback_source"},
     asyncio.futures: {"_set_result_unless_cancelled"},
-    asyncio.protocols: {"_feed_data_to_buffered_proto"},
     asyncio.transports: {"_FlowControlMixin"},
     asyncio.unix_events: {"_UnixSubprocessTransport"},
 }
-TLS = {"_app_transport"}
 # On asyncio.StreamReader and its protocol.
 READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
 # On asyncio's own policy, until 3.13.
@@ -125,7 +122,6 @@ LISTED = (
     | TRANSPORT
     | SERVER
     | PROCESS
-    | TLS
     | READER
     | POLICY
     | FUTURE

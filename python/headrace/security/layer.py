@@ -263,8 +263,11 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
                     self._establish()
             except CORE_ERRORS as exc:
                 error = exc
-            if plaintext and not self._closing:
-                self._pass_on(plaintext)
+            if plaintext:
+                if self._closing:
+                    self._came_too_late()
+                else:
+                    self._pass_on(plaintext)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -281,6 +284,15 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
             self._send_outgoing()
         if self._core.pending or self._held or self._peer_has_ended():
             self._look_after()
+
+    def _came_too_late(self) -> None:
+        """Bytes of the peer's after ``close``.
+
+        Where each direction ends by itself they are dropped, until the peer has read what we sent and ends its own: a
+        reset would take back what is still on its way. asyncio's users get what they know: the connection's end.
+        """
+        if self._goodbye and not self._half_closes() and not self._lower.get_write_buffer_size():
+            self._lower.abort()
 
     def _look_after(self) -> None:
         """The less usual ends of a receive."""
@@ -498,8 +510,6 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
                 return
         else:
             self._send_outgoing()
-        if self._lower_full and not self._protocol_paused:
-            self._pause_protocol()
         if (self._closing or self._eof_written) and not queue and not self._goodbye:
             self._say_goodbye()
 
@@ -516,6 +526,9 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
     def pause_writing(self) -> None:
         """The transport below has enough for now."""
         self._lower_full = True
+        if not self._protocol_paused:
+            self._protocol_paused = True
+            self._call_protocol("pause_writing")
 
     def resume_writing(self) -> None:
         """The transport below takes more: first what waits here."""
@@ -527,10 +540,6 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         if not self._lower_full and self._protocol_paused:
             self._protocol_paused = False
             self._call_protocol("resume_writing")
-
-    def _pause_protocol(self) -> None:
-        self._protocol_paused = True
-        self._call_protocol("pause_writing")
 
     def _call_protocol(self, method: str) -> None:
         if self._protocol is None or not self._connected:
@@ -609,6 +618,8 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         elif not self._queue:
             # _receive() flushes what is queued, and looks no further when there's nothing.
             self._loop.call_soon(self._flush, context=self._context)
+        if self._core.pending:
+            self._loop.call_soon(self._go_on, context=self._context)
         self._control_reading()
 
     def _say_goodbye(self) -> None:
