@@ -117,15 +117,7 @@ POLICY = {"_watcher"}
 FUTURE = {"_asyncio_future_blocking"}
 
 LISTED = (
-    LOOP
-    | HANDLE
-    | TRANSPORT
-    | SERVER
-    | PROCESS
-    | READER
-    | POLICY
-    | FUTURE
-    | set().union(*MODULES.values())
+    LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | READER | POLICY | FUTURE | set().union(*MODULES.values())
 )
 
 

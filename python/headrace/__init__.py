@@ -22,6 +22,7 @@ from headrace.protocol import Protocol
 from headrace.security import TLS, AccessList, Certificate, Identity, SecurityInfo
 
 __all__ = [
+    "TLS",
     "AccessDenied",
     "AccessList",
     "BufferPool",
@@ -40,7 +41,6 @@ __all__ = [
     "SecurityInfo",
     "StalledError",
     "StreamTransport",
-    "TLS",
     "TruncatedError",
     "__version__",
     "files",

@@ -310,7 +310,7 @@ class EventLoop(SocketOperations):
         StreamTransport(self, rawsock, layer, None, extra, server)
         return layer
 
-    async def create_server(  # type: ignore[override]  # asyncio's overloads, and security=
+    async def create_server(
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         *args: Any,
@@ -324,7 +324,7 @@ class EventLoop(SocketOperations):
         factory = self._secured(protocol_factory, security, options)
         return await super().create_server(factory, *args, **options)
 
-    async def create_unix_server(  # type: ignore[override]
+    async def create_unix_server(
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         *args: Any,
@@ -347,11 +347,11 @@ class EventLoop(SocketOperations):
         security.server_contexts()  # files that can't be used are an error now, not at the first connection
         return lambda: security.server_layer(self, protocol_factory())
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
-        host: str | None = None,
-        port: int | str | None = None,
+        host: Any = None,
+        port: Any = None,
         *,
         security: TLS | None = None,
         server_hostname: str | None = None,
@@ -362,7 +362,7 @@ class EventLoop(SocketOperations):
         ``server_hostname`` is what the server's certificate must be for; by default ``host``.
         """
         if security is None:
-            return await super().create_connection(  # type: ignore[no-any-return, call-overload]
+            return await super().create_connection(
                 protocol_factory, host, port, server_hostname=server_hostname, **options
             )
         refuse_both(options)
@@ -374,7 +374,7 @@ class EventLoop(SocketOperations):
             name,
         )
 
-    async def create_unix_connection(  # type: ignore[override]
+    async def create_unix_connection(
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         path: Any = None,
@@ -385,7 +385,7 @@ class EventLoop(SocketOperations):
     ) -> tuple[Any, Any]:
         """See :meth:`asyncio.loop.create_unix_connection` and ``create_connection``."""
         if security is None:
-            return await super().create_unix_connection(  # type: ignore[return-value]
+            return await super().create_unix_connection(
                 protocol_factory, path, server_hostname=server_hostname, **options
             )
         refuse_both(options)
@@ -404,7 +404,9 @@ class EventLoop(SocketOperations):
         server_hostname: str | None,
     ) -> tuple[Any, Any]:
         if server_hostname is None:
-            raise ValueError("tell what the server's certificate is to be for: server_hostname= is needed without a host")
+            raise ValueError(
+                "tell what the server's certificate is to be for: server_hostname= is needed without a host"
+            )
         security.client_context()
         waiter = self.create_future()
         protocol = protocol_factory()
@@ -527,7 +529,9 @@ def refuse_both(options: dict[str, Any]) -> None:
     """asyncio's TLS arguments mean nothing beside ``security=``; dropping them silently would mean less security."""
     given = [name for name in ASYNCIO_TLS if options.get(name) is not None]
     if given:
-        raise ValueError(f"security= doesn't go together with {', '.join(given)}: give headrace.TLS what is meant")
+        raise ValueError(
+            f"security= doesn't go together with {', '.join(given)}: give headrace.TLS what is meant"
+        )
 
 
 _loops: weakref.WeakSet[EventLoop] = weakref.WeakSet()

@@ -82,12 +82,10 @@ def make_layer(
             ssl_shutdown_timeout=ssl_shutdown_timeout,
             connected=True,
         )
-    limits = dict(handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
+    limits = {"handshake_timeout": ssl_handshake_timeout, "shutdown_timeout": ssl_shutdown_timeout}
     if server_side:
         return context.server_layer(loop, protocol, waiter=handshake, connected=True, **limits)
-    return context.client_layer(
-        loop, protocol, server_hostname, waiter=handshake, connected=True, **limits
-    )
+    return context.client_layer(loop, protocol, server_hostname, waiter=handshake, connected=True, **limits)
 
 
 def check(transport: Any, context: object) -> None:

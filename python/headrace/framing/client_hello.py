@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from headrace.errors import FramingError
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterator
+    from collections.abc import Iterator
+
+    from _typeshed import ReadableBuffer
 
 __all__ = ["ClientHello", "ClientHelloReader"]
 
@@ -56,10 +58,10 @@ class ClientHelloReader:
         self._rest = bytearray()  # the beginning of a record that isn't whole
         self._message = bytearray()
 
-    def feed(self, data: Buffer) -> ClientHello | None:
+    def feed(self, data: ReadableBuffer) -> ClientHello | None:
         """The hello as soon as it's whole; what comes behind it isn't looked at."""
         rest, message = self._rest, self._message
-        rest += data
+        rest += memoryview(data)
         position = 0
         while len(rest) - position >= RECORD_HEADER:
             length = record_length(rest, position)
@@ -88,13 +90,17 @@ def record_length(data: bytearray, position: int) -> int:
     check_first_bytes(data[position : position + RECORD_HEADER])
     length = data[position + 3] << 8 | data[position + 4]
     if not 0 < length <= LARGEST_RECORD:
-        raise FramingError(f"a TLS record of {length} bytes where the ClientHello is due (1..{LARGEST_RECORD})")
+        raise FramingError(
+            f"a TLS record of {length} bytes where the ClientHello is due (1..{LARGEST_RECORD})"
+        )
     return length
 
 
 def message_length(message: bytearray) -> int:
     if message[0] != CLIENT_HELLO:
-        raise FramingError(f"TLS handshake message {message[0]} where the ClientHello ({CLIENT_HELLO}) is due")
+        raise FramingError(
+            f"TLS handshake message {message[0]} where the ClientHello ({CLIENT_HELLO}) is due"
+        )
     size = int.from_bytes(message[1:MESSAGE_HEADER], "big")
     if size > LIMIT:
         raise FramingError(f"a ClientHello of {size} bytes; {LIMIT} are allowed")

@@ -32,14 +32,14 @@ import enum
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from headrace.errors import FramingError, HandshakeError
 from headrace.framing.client_hello import ClientHello, ClientHelloReader
 from headrace.framing.pump import Pump, make_pump
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from headrace._pool import Lease
 
 __all__ = ["State", "TLSCore"]
 
@@ -68,6 +68,9 @@ WE_HAVE_CLOSED = {State.OPEN: State.CLOSING, State.PEER_CLOSED: State.CLOSED}
 ENDED = frozenset((State.PEER_CLOSED, State.CLOSED, State.FAILED))
 SENDING = frozenset((State.OPEN, State.PEER_CLOSED))
 OPEN = State.OPEN  # looked up once a record
+
+# What comes: bytes in one of these forms.
+Data: TypeAlias = "bytes | memoryview | Lease"
 
 
 class TLSCore:
@@ -152,7 +155,7 @@ class TLSCore:
         """Whether something that was received hasn't been worked off."""
         return bool(self._pending)
 
-    def receive(self, data: Buffer | None, plaintext: list[bytes]) -> None:
+    def receive(self, data: Data | None, plaintext: list[bytes]) -> None:
         """Works off ``data``, or what is ``pending``, and appends the plaintext to ``plaintext``.
 
         ``data`` must stay unchanged until nothing is ``pending`` any more. What was decrypted before an error was met
@@ -266,12 +269,13 @@ class TLSCore:
 
     def _shake_hands(self, chunk: memoryview) -> None:
         self._handshake_bytes += len(chunk)
-        data: Buffer = chunk
+        data: bytes | memoryview = chunk
         if self._pump is None:
             hello = self._read_hello(chunk)
             if hello is None:
                 return
-            assert self._hello is not None and self._make is not None
+            assert self._hello is not None
+            assert self._make is not None
             self._pump = self._make(hello)
             data = b"".join(self._hello[1])
             self._hello = self._make = None
@@ -300,7 +304,7 @@ class TLSCore:
 
     # ---- what goes -------------------------------------------------------------------------------------------
 
-    def send(self, data: Buffer) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Encrypts ``data``, into full records of 16 KiB and a rest. In OPEN or PEER_CLOSED only."""
         if self.state not in SENDING:
             raise RuntimeError(f"nothing can be sent in state {self.state.value!r}")
@@ -347,6 +351,6 @@ class TLSCore:
         self.state = state
 
 
-def is_one_record(data: Buffer) -> bool:
-    size = len(data)  # type: ignore[arg-type]  # bytes, a memoryview of them, or a Lease
-    return size > HEADER and (data[3] << 8 | data[4]) + HEADER == size  # type: ignore[index]
+def is_one_record(data: Data) -> bool:
+    size = len(data)
+    return size > HEADER and (data[3] << 8 | data[4]) + HEADER == size

@@ -2,8 +2,8 @@
 
 Rules
 -----
-* A rule is a whole name with its kind before it, and fits exactly that: no wildcards, no suffixes, no fall-back from one
-  kind to another.
+* A rule is a whole name with its kind before it, and fits exactly that: no wildcards, no suffixes, no fall-back from
+  one kind to another.
 * All names of a peer are asked. One that is denied keeps the peer out, whatever else is allowed.
 * Who isn't allowed is kept out; an empty list keeps everybody out.
 * A name with control characters, above all NUL, is nobody's: the peer is kept out.
@@ -62,7 +62,9 @@ class AccessList:
         refusal = self._refusal(identity)
         if identity is None:
             return "a peer without an identity is kept out"
-        return f"{identity.name!r} is let in" if refusal is None else f"{identity.name!r} is kept out: {refusal}"
+        return (
+            f"{identity.name!r} is let in" if refusal is None else f"{identity.name!r} is kept out: {refusal}"
+        )
 
     def _refusal(self, identity: Identity | None) -> str | None:
         if identity is None:

@@ -92,9 +92,12 @@ class ServerCertificates:
         if not certificates:
             raise CertificateError("a server needs at least one certificate")
         self._described = dict(certificates)
-        self._options: dict[str, Any] = dict(
-            alpn=tuple(alpn), crl=paths(crl), minimum_version=minimum_version, keylog=keylog
-        )
+        self._options: dict[str, Any] = {
+            "alpn": tuple(alpn),
+            "crl": paths(crl),
+            "minimum_version": minimum_version,
+            "keylog": keylog,
+        }
         self._contexts = self._build()
 
     def _build(self) -> dict[str | None, tuple[ssl.SSLContext, bytes]]:
@@ -156,7 +159,7 @@ def server_context(
     if certificate.client_certificate != "none":
         if certificate.client_ca is None:
             raise CertificateError(
-                f"clients of {os.fspath(certificate.chain)} are asked for certificates: say whom to trust (client_ca, ca)"
+                f"clients of {os.fspath(certificate.chain)} are asked for certificates: whom to trust? (client_ca, ca)"
             )
         context.verify_mode = VERIFY[certificate.client_certificate]
         context.options |= ssl.OP_NO_TICKET
@@ -196,7 +199,9 @@ def harden(
     context: ssl.SSLContext, alpn: Iterable[str], minimum_version: ssl.TLSVersion, keylog: Path | None
 ) -> None:
     if minimum_version < ssl.TLSVersion.TLSv1_2:
-        raise CertificateError(f"{minimum_version!r}: TLS before 1.2 is broken; give a context to use it all the same")
+        raise CertificateError(
+            f"{minimum_version!r}: TLS before 1.2 is broken; give a context to use it all the same"
+        )
     context.minimum_version = minimum_version
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     protocols = list(alpn)
@@ -212,7 +217,9 @@ def load_own(context: ssl.SSLContext, chain: Path, private_key: Path | None, pas
     certificate = x509.load_der_x509_certificate(leaf)
     now = datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
-        raise CertificateError(f"{os.fspath(chain)} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+        raise CertificateError(
+            f"{os.fspath(chain)} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        )
     if now < certificate.not_valid_before_utc:
         raise CertificateError(
             f"{os.fspath(chain)} isn't valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
@@ -223,19 +230,19 @@ def load_own(context: ssl.SSLContext, chain: Path, private_key: Path | None, pas
     except ssl.SSLError as exc:
         reason = "the private key doesn't match" if exc.reason == "KEY_VALUES_MISMATCH" else str(exc)
         raise CertificateError(f"{os.fspath(chain)} and its key can't be used: {reason}") from exc
-    except (OSError, PasswordNeeded) as exc:
+    except (OSError, PasswordNeededError) as exc:
         raise CertificateError(f"{os.fspath(private_key or chain)} can't be used: {exc}") from exc
     if leaf_of(chain) != leaf:
         raise CertificateError(f"{os.fspath(chain)} changed while it was being loaded; load it again")
     return leaf
 
 
-class PasswordNeeded(Exception):
+class PasswordNeededError(Exception):
     """The private key is encrypted, and there is no password."""
 
 
 def refuse_to_ask() -> bytes:
-    raise PasswordNeeded("the private key is encrypted: give its password")
+    raise PasswordNeededError("the private key is encrypted: give its password")
 
 
 def load_trusted(context: ssl.SSLContext, ca: Path) -> None:
@@ -252,7 +259,9 @@ def load_revoked(context: ssl.SSLContext, crls: Iterable[Path]) -> None:
             x509.load_pem_x509_crl(pem)
             context.load_verify_locations(cafile=crl)
         except (ValueError, ssl.SSLError) as exc:
-            raise CertificateError(f"{os.fspath(crl)} isn't a list of revoked certificates (PEM): {exc}") from exc
+            raise CertificateError(
+                f"{os.fspath(crl)} isn't a list of revoked certificates (PEM): {exc}"
+            ) from exc
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 

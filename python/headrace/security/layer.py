@@ -27,14 +27,15 @@ import logging
 import ssl
 from asyncio import constants, transports
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol as TypingProtocol
+from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Protocol as TypingProtocol
 
 from headrace._pool import Lease
 from headrace.errors import SecurityError, StalledError
 from headrace.protocol import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterable
+    from collections.abc import Iterable
 
     from headrace.loop import EventLoop
 
@@ -51,6 +52,8 @@ FLUSH_AT = 64 * 1024
 # Bytes that the framing may owe a peer that doesn't read, before nothing more is read from it.
 ANSWERS_LIMIT = 64 * 1024
 
+Piece: TypeAlias = bytes | memoryview
+
 # What a core raises; everything else is a mistake of ours.
 CORE_ERRORS = (ssl.SSLError, SecurityError)
 
@@ -61,14 +64,14 @@ class Core(TypingProtocol):
     def start(self) -> None:
         """Begins the handshake."""
 
-    def receive(self, data: Buffer | None, plaintext: list[bytes]) -> None:
+    def receive(self, data: bytes | memoryview | Lease | None, plaintext: list[bytes]) -> None:
         """Works off what came, or what is ``pending``."""
 
     @property
     def pending(self) -> bool:
         """Whether ``receive`` is to be called again."""
 
-    def send(self, data: Buffer) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Makes records of ``data``."""
 
     @property
@@ -93,7 +96,7 @@ class Kind(enum.Enum):
 LEASES, BYTES = Kind.LEASES, Kind.BYTES
 
 
-class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[name-defined, misc]  # not in typeshed
+class SecurityLayer(transports._FlowControlMixin, Protocol):
     """A secured connection; an :class:`asyncio.Transport`. Made by the loop. Belongs to the loop's thread.
 
     A subclass gives ``_core``, and says by ``_handshake_done``, ``_peer_has_ended`` and ``_deadline_error`` what its
@@ -135,8 +138,10 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
     )
 
     _start_tls_compatible = True
-    _sendfile_compatible = constants._SendfileMode.FALLBACK  # type: ignore[attr-defined]
+    _sendfile_compatible = constants._SendfileMode.FALLBACK
     _core: Any  # a Core
+    _protocol: Any
+    _received: Any
 
     def __init__(
         self,
@@ -165,14 +170,14 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         self._eof_written = False
         self._conn_lost = 0
         # Receiving.
-        self._held: deque[Buffer] = deque()  # what the protocol hasn't taken
+        self._held: deque[Piece] = deque()  # what the protocol hasn't taken
         self._end = False  # the peer's stream has ended, and the protocol is to be told
         self._end_told = False
         self._paused = False  # by the protocol
         self._lower_held = False  # the transport below is paused by us
         self._lower_ended = False
         # Sending.
-        self._queue: deque[Buffer] = deque()
+        self._queue: deque[Piece] = deque()
         self._queued = 0
         self._corked = False
         self._marked = False
@@ -252,7 +257,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         """From a transport that isn't headrace's own."""
         self._receive(data)
 
-    def _receive(self, data: Buffer | None) -> None:
+    def _receive(self, data: bytes | memoryview | Lease | None) -> None:
         plaintext: list[bytes] = []
         error = None
         self._corked = True
@@ -334,7 +339,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         self._flush()
         return not self._held
 
-    def _pass_on(self, plaintext: Iterable[Buffer]) -> None:
+    def _pass_on(self, plaintext: Iterable[Piece]) -> None:
         """Hands bytes to the protocol, in the pieces that they came in; what it doesn't take any more is held."""
         pieces = iter(plaintext)
         for data in pieces:
@@ -351,11 +356,13 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
             else:
                 self._fill_buffers(data)
 
-    def _lease_of(self, data: Buffer) -> Lease:
-        pool = self._loop._engine.pool
-        return pool.adopt(data if type(data) is bytes else bytes(data))
+    def _lease_of(self, data: Piece) -> Lease:
+        engine = self._loop._engine
+        assert engine is not None
+        assert engine.pool is not None
+        return engine.pool.adopt(data if type(data) is bytes else bytes(data))
 
-    def _fill_buffers(self, data: Buffer) -> None:
+    def _fill_buffers(self, data: Piece) -> None:
         """For an ``asyncio.BufferedProtocol``: copies into its buffers, as many as it takes."""
         view = memoryview(data)
         protocol: Any = self._protocol
@@ -440,9 +447,9 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
         """Pauses the transport below, or lets it go on; see the rules."""
         if self._lower is None:
             return
-        if not self._closing and (self._paused or self._held or self._answers > ANSWERS_LIMIT):
-            self._hold_lower()
-        elif self._core.pending:
+        if (
+            not self._closing and (self._paused or self._held or self._answers > ANSWERS_LIMIT)
+        ) or self._core.pending:
             self._hold_lower()
         elif self._lower_held:
             self._lower_held = False
@@ -502,7 +509,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
             try:
                 while queue and not self._lower_full:
                     data = queue.popleft() if len(queue) == 1 and self._queued <= SLICE else next_slice(queue)
-                    self._queued -= len(data)  # type: ignore[arg-type]
+                    self._queued -= len(data)
                     send(data)
                     lower.write(outgoing())
             except CORE_ERRORS as exc:
@@ -721,8 +728,8 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):  # type: ignore[nam
     # ---- what it is ------------------------------------------------------------------------------------------
 
     def _adopt(self, protocol: asyncio.BaseProtocol) -> None:
-        self._protocol: Any = protocol
-        self._received: Any = None
+        self._protocol = protocol
+        self._received = None
         if isinstance(protocol, Protocol):
             self._kind = Kind.LEASES
             self._received = protocol.lease_received
@@ -757,7 +764,7 @@ def _ignore(data: object) -> None:
     """Nothing is passed on behind the end of a stream."""
 
 
-def checked(data: Any) -> Buffer:
+def checked(data: Any) -> Piece:
     """Bytes that stay as they are until they are encrypted."""
     if type(data) is bytes:
         return data
@@ -768,17 +775,17 @@ def checked(data: Any) -> Buffer:
     raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
 
 
-def next_slice(queue: deque[Any]) -> Buffer:
+def next_slice(queue: deque[Piece]) -> Piece:
     """Takes up to SLICE bytes from a queue's head: a large item or a part of it, or small ones joined."""
     item = queue[0]
     if len(item) >= LARGE:
         if len(item) <= SLICE:
             queue.popleft()
-            return item  # type: ignore[no-any-return]
+            return item
         view = memoryview(item)
         queue[0] = view[SLICE:]
         return view[:SLICE]
-    parts = []
+    parts: list[Piece] = []
     room = SLICE
     while queue and room and len(queue[0]) < LARGE:
         item = queue[0]

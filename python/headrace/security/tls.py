@@ -1,4 +1,4 @@
-"""TLS for connections: what ``security=headrace.TLS(...)`` and asyncio's ``ssl=`` and ``start_tls`` put above a transport.
+"""TLS for connections: what ``security=headrace.TLS(...)``, and asyncio's ``ssl=`` and ``start_tls``, put above them.
 
 Both ways share one layer and its defences; they differ where asyncio's users rely on asyncio's ways:
 
@@ -127,9 +127,14 @@ class TLS:
         resumption: bool = True,
         keylog: Path | None = None,
     ) -> None:
-        built = dict(
-            private_key=private_key, password=password, certificates=certificates, ca=ca, crl=crl, keylog=keylog
-        )
+        built = {
+            "private_key": private_key,
+            "password": password,
+            "certificates": certificates,
+            "ca": ca,
+            "crl": crl,
+            "keylog": keylog,
+        }
         if context is not None:
             given = [name for name, value in built.items() if value is not None]
             if given or tuple(alpn) or client_certificate != "none":
@@ -174,7 +179,9 @@ class TLS:
         """What a server uses; built at the first call. Raises what the class says."""
         if self.context is not None:
             if self.access is not None and self.context.verify_mode == ssl.CERT_NONE:
-                raise ValueError("an access list needs clients with certificates: set the context's verify_mode")
+                raise ValueError(
+                    "an access list needs clients with certificates: set the context's verify_mode"
+                )
             if self._leaf is None and self._certificate is not None:
                 self._leaf = leaf_of(self._certificate)
             return self.context
@@ -206,7 +213,7 @@ class TLS:
             for name, one in certificates.items():
                 if one.client_certificate == "none":
                     raise ValueError(
-                        f"an access list needs clients with certificates: client_certificate= of {name or 'the default'}"
+                        f"an access list needs clients with certificates: client_certificate of {name or 'default'}"
                     )
         return certificates
 
@@ -235,10 +242,12 @@ class TLS:
     def reload(self) -> None:
         """Reads a server's certificates and keys again, for the connections to come.
 
-        Raises :class:`headrace.errors.CertificateError`, and goes on with the old ones, when the new ones can't be used.
+        Raises :class:`headrace.errors.CertificateError` when they can't be used, and goes on with the old ones.
         """
         if self.context is not None:
-            raise ValueError("a context that was given can't be reloaded here; load new files into it, or make a new one")
+            raise ValueError(
+                "a context that was given isn't ours to reload: make a new one, and a new headrace.TLS"
+            )
         if self._server is not None:
             self._server.reload()
 
@@ -374,8 +383,8 @@ class TLSLayer(SecurityLayer):
         if self._settings is None or self._settings.truncation == "eof":
             return None
         return TruncatedError(
-            "the peer ended the connection without a TLS close_notify: what came may not be all (truncation='eof' takes "
-            "it as the end)"
+            "the peer ended the connection without a TLS close_notify: what came may not be all "
+            "(truncation='eof' takes it as the end)"
         )
 
     def _half_closes(self) -> bool:
