@@ -125,6 +125,7 @@ cdef struct Library:
     void (*BIO_set_flags)(void *bio, int flags) noexcept nogil
     void (*BIO_clear_flags)(void *bio, int flags) noexcept nogil
     void (*ERR_clear_error)() noexcept nogil
+    unsigned long (*ERR_peek_error)() noexcept nogil
     unsigned long (*OpenSSL_version_num)() noexcept nogil
     void (*SSL_set_bio)(void *ssl, void *reading, void *writing) noexcept nogil
     PointerOf SSL_get_SSL_CTX
@@ -142,7 +143,7 @@ cdef void *method = NULL  # the BIO_METHOD; lives as long as the process
 NAMES = (
     b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
     b"BIO_meth_set_destroy", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data",
-    b"BIO_set_flags", b"BIO_clear_flags", b"ERR_clear_error", b"OpenSSL_version_num", b"SSL_set_bio",
+    b"BIO_set_flags", b"BIO_clear_flags", b"ERR_clear_error", b"ERR_peek_error", b"OpenSSL_version_num", b"SSL_set_bio",
     b"SSL_get_SSL_CTX", b"SSL_read_ex", b"SSL_write_ex", b"SSL_pending", b"SSL_shutdown", b"SSL_get_shutdown",
     b"SSL_get_error",
 )
@@ -198,6 +199,12 @@ cdef str make_method():
     lib.BIO_meth_set_destroy(made, <void *> wire_destroy)
     method = made
     return ""
+
+
+cdef inline void forget_errors() noexcept nogil:
+    """What somebody else has left in OpenSSL's queue would be taken for an error of this connection."""
+    if lib.ERR_peek_error():  # the queue is empty nearly always, and clearing it isn't free
+        lib.ERR_clear_error()
 
 
 # ---- the BIO ---------------------------------------------------------------------------------------------------------
@@ -430,7 +437,7 @@ cdef class NativePump:
         cdef Wire *wire = self._wire
         cdef size_t room
         cdef int outcome = MORE
-        lib.ERR_clear_error()  # what somebody else has left there would be taken for an error of this connection
+        forget_errors()
         while outcome == MORE and (wire.left or lib.SSL_pending(self._ssl)):
             room = wire.left + min(wire.taken, <size_t> LARGEST_PLAINTEXT)
             if not wire.left:
@@ -499,7 +506,7 @@ cdef class NativePump:
         cdef int error = 0
         if size == 0:
             return 0
-        lib.ERR_clear_error()  # see _read
+        forget_errors()
         self._take_spill()
         self._make_room(size + (size // LARGEST_PLAINTEXT + 1) * OVERHEAD)
         error = self._write_records(data, size, &sent)
@@ -587,7 +594,7 @@ cdef class NativePump:
         try:
             if lib.SSL_get_shutdown(self._ssl) & SSL_SENT_SHUTDOWN:
                 return
-            lib.ERR_clear_error()  # see _read
+            forget_errors()
             # CPython's unwrap() would look for the peer's close_notify, and fail for good if it met data.
             result = lib.SSL_shutdown(self._ssl)
             if result < 0:

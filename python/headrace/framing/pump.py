@@ -128,9 +128,9 @@ class StdlibPump:
 
     def _read(self, plaintext: list[bytes]) -> bool:
         incoming, read = self._incoming, self.ssl_object.read
-        while incoming.pending or self.ssl_object.pending():
+        while incoming.pending:
             try:
-                piece = read(LARGEST_PLAINTEXT)
+                piece = read(LARGEST_PLAINTEXT)  # a whole record: nothing of it stays with OpenSSL
             except ssl.SSLWantReadError:
                 return True
             except ssl.SSLZeroReturnError:
@@ -143,16 +143,19 @@ class StdlibPump:
         return True
 
     def encrypt(self, data: ReadableBuffer) -> int:
+        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+        if not size:
+            return 0
         write = self.ssl_object.write
-        with memoryview(data) as view, view.cast("B") as octets:
-            size = len(octets)
-            sent = 0
-            try:
-                while sent < size:  # CPython has SSL_MODE_ENABLE_PARTIAL_WRITE set: a record each time
-                    with octets[sent : sent + LARGEST_PLAINTEXT] as piece:
-                        sent += write(piece)
-            except ssl.SSLWantReadError:
-                pass
+        sent = 0
+        try:
+            if size <= LARGEST_PLAINTEXT:
+                sent = write(data)
+            while sent < size:  # CPython has SSL_MODE_ENABLE_PARTIAL_WRITE set: a record each time
+                with memoryview(data).cast("B") as octets, octets[sent : sent + LARGEST_PLAINTEXT] as piece:
+                    sent += write(piece)
+        except ssl.SSLWantReadError:
+            pass
         return sent
 
     def outgoing(self) -> bytes:
