@@ -589,8 +589,8 @@ cdef class StreamTransport(Endpoint):
         return self.want_flush(size)
 
     cdef int want_flush(self, Py_ssize_t size) except -1:
-        """Asks for a flush at the turn's end, `size` more bytes being queued. A send in flight does as well."""
-        if not self.marked and self.send.state == IDLE:
+        """Asks for a flush at the turn's end, `size` more bytes being queued. A send that will complete does as well."""
+        if not self.marked and (self.send.state == IDLE or self.send.flags & SILENT):
             self.marked = True
             self.loop.mark(self, size)
         return 0
@@ -598,7 +598,11 @@ cdef class StreamTransport(Endpoint):
     cdef int flush(self) except -1:
         self.marked = False
         if self.send.state != IDLE:
-            return 0
+            if self.send.flags & SILENT and self.engine.running:
+                # Nothing would tell that it's out, and that what was queued behind it can go.
+                self.engine.flush()
+            if self.send.state != IDLE:
+                return 0
         if self.ending:
             # A silent send was under way when the end came, and has gone out.
             self.drop_queue()
@@ -764,10 +768,8 @@ cdef class StreamTransport(Endpoint):
             return 0
         if self.first is None:
             return self.drained()
-        self.begin_send()
-        if self.buffered > self.high and not self.protocol_paused:
-            return self.pause_protocol()
-        return 0
+        # At the turn's end, as always: it's submitted no earlier anyway, and what is written until then goes with it.
+        return self.want_flush(0)
 
     cdef int drained(self) except -1:
         """All that was queued is with the kernel."""

@@ -17,7 +17,6 @@ import asyncio.format_helpers
 import asyncio.futures
 import asyncio.protocols
 import asyncio.selector_events
-import asyncio.sslproto
 import asyncio.streams
 import asyncio.transports
 import asyncio.unix_events
@@ -34,7 +33,6 @@ PACKAGE = ROOT / "python/headrace"
 
 # On an instance of asyncio.SelectorEventLoop: inherited, called or overridden.
 LOOP = {
-    "_accept_connection2",
     "_add_reader",
     "_add_writer",
     "_check_callback",
@@ -106,11 +104,9 @@ MODULES = {
     asyncio.events: {"_event_loop_policy"},
     asyncio.format_helpers: {"_format_callback_source"},
     asyncio.futures: {"_set_result_unless_cancelled"},
-    asyncio.protocols: {"_feed_data_to_buffered_proto"},
     asyncio.transports: {"_FlowControlMixin"},
     asyncio.unix_events: {"_UnixSubprocessTransport"},
 }
-TLS = {"_app_transport"}
 # On asyncio.StreamReader and its protocol.
 READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
 # On asyncio's own policy, until 3.13.
@@ -120,16 +116,7 @@ POLICY = {"_watcher"}
 FUTURE = {"_asyncio_future_blocking"}
 
 LISTED = (
-    LOOP
-    | HANDLE
-    | TRANSPORT
-    | SERVER
-    | PROCESS
-    | TLS
-    | READER
-    | POLICY
-    | FUTURE
-    | set().union(*MODULES.values())
+    LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | READER | POLICY | FUTURE | set().union(*MODULES.values())
 )
 
 
@@ -228,8 +215,3 @@ def test_policy(name):
 )
 def test_module(module, name):
     assert hasattr(module, name)
-
-
-@pytest.mark.parametrize("name", sorted(TLS))
-def test_tls(name):
-    assert name in defined_by(asyncio.sslproto)

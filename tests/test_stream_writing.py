@@ -332,6 +332,26 @@ def test_much_that_is_written_in_one_callback_starts_before_its_end(loop: headra
 # ---- the end -------------------------------------------------------------------------------------------------
 
 
+def test_what_is_written_behind_a_send_of_the_same_turn_goes_out(loop: headrace.EventLoop) -> None:
+    """A send that nothing waits for tells nobody when it's out; bytes behind it must not wait for something else."""
+
+    async def main() -> None:
+        def resumed(recorder: Recorder) -> None:
+            recorder.transport.write(b"first")
+            loop.call_soon(recorder.transport.write, b"second")
+
+        recorder = Leases(resume=resumed)
+        transport, peer, written = await stuffed(recorder)
+        # The loop has nothing else to do, and wakes for nothing, until the peer has read all.
+        data = await loop.run_in_executor(None, receive_exactly, peer, written + len(b"firstsecond"))
+        assert data.endswith(b"firstsecond")
+        transport.abort()
+        peer.close()
+        await recorder.seen("lost")
+
+    loop.run_until_complete(asyncio.wait_for(main(), 30))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("end", ["close", "write_eof"])
 def test_an_end_behind_a_send_that_is_under_way(loop: headrace.EventLoop, family: int, end: str) -> None:

@@ -1,4 +1,4 @@
-"""Framings without I/O: bytes in, messages out. No socket, no loop, no clock; nothing of headrace is imported."""
+"""Framings without I/O: bytes in, messages out. No socket, no loop, no clock; of headrace, only its errors."""
 
 from __future__ import annotations
 
