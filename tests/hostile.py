@@ -75,6 +75,7 @@ class TLSPeer(asyncio.Protocol):
         self.left = at_most
         self.end = end
         self.ended = False
+        self.cut_off = False  # something that it had to say was dropped
         self.wire_bytes = 0  # received
         self.data = bytearray()
         self.handshake_done = asyncio.Event()
@@ -127,11 +128,13 @@ class TLSPeer(asyncio.Protocol):
     def send_wire(self, data: bytes) -> None:
         """Bytes as they are, as long as any may be sent."""
         if self.ended or self.transport.is_closing():
+            self.cut_off |= bool(data)
             return
         if self.left is None:
             self.transport.write(data)
             return
         self.transport.write(data[: self.left])
+        self.cut_off |= len(data) > self.left
         self.left = max(self.left - len(data), 0)
         if not self.left:
             self.finish()
@@ -140,6 +143,13 @@ class TLSPeer(asyncio.Protocol):
         self.ended = True
         if self.end == FIN:
             self.transport.write_eof()
+        else:
+            self.reset()
+
+    def reset(self) -> None:
+        """Behind what was written."""
+        if self.transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_soon(self.reset)
             return
         kernel_s = self.transport.get_extra_info("socket")
         kernel_s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
