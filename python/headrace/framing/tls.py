@@ -271,6 +271,7 @@ class TLSCore:
         if self._pump is None:
             hello = self._read_hello(chunk)
             if hello is None:
+                self._check_handshake_bytes()
                 return
             assert self._hello is not None
             assert self._make is not None
@@ -280,7 +281,11 @@ class TLSCore:
         if self._pump.handshake(data):
             self._check_certificate()
             self.state = OPEN
-        elif self._handshake_bytes > HANDSHAKE_LIMIT:
+        else:
+            self._check_handshake_bytes()
+
+    def _check_handshake_bytes(self) -> None:
+        if self._handshake_bytes > HANDSHAKE_LIMIT:
             raise FramingError(f"more than {HANDSHAKE_LIMIT} bytes came before the end of the TLS handshake")
 
     def _read_hello(self, chunk: memoryview) -> ClientHello | None:
