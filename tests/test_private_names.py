@@ -17,7 +17,6 @@ import asyncio.format_helpers
 import asyncio.futures
 import asyncio.protocols
 import asyncio.selector_events
-import asyncio.sslproto
 import asyncio.streams
 import asyncio.transports
 import asyncio.unix_events
@@ -216,8 +215,3 @@ def test_policy(name):
 )
 def test_module(module, name):
     assert hasattr(module, name)
-
-
-@pytest.mark.parametrize("name", sorted(TLS))
-def test_tls(name):
-    assert name in defined_by(asyncio.sslproto)

@@ -13,13 +13,21 @@ the object by ``context.wrap_bio``, so callbacks, SNI, verification and the key 
 
 from __future__ import annotations
 
+import logging
+import os
 import ssl
 from typing import TYPE_CHECKING, Protocol
+
+from headrace.errors import EngineUnavailable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["Pump", "StdlibPump", "make_pump"]
+    from headrace._tls_pump import NativePump
+
+__all__ = ["Pump", "StdlibPump", "available", "make_pump", "reason"]
+
+logger = logging.getLogger("headrace")
 
 LARGEST_PLAINTEXT = 16384  # bytes of one record (RFC 8446 section 5.1)
 
@@ -120,9 +128,9 @@ class StdlibPump:
 
     def _read(self, plaintext: list[bytes]) -> bool:
         incoming, read = self._incoming, self.ssl_object.read
-        while incoming.pending or self.ssl_object.pending():
+        while incoming.pending:
             try:
-                piece = read(LARGEST_PLAINTEXT)
+                piece = read(LARGEST_PLAINTEXT)  # a whole record: nothing of it stays with OpenSSL
             except ssl.SSLWantReadError:
                 return True
             except ssl.SSLZeroReturnError:
@@ -135,16 +143,19 @@ class StdlibPump:
         return True
 
     def encrypt(self, data: ReadableBuffer) -> int:
+        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+        if not size:
+            return 0
         write = self.ssl_object.write
-        with memoryview(data) as view, view.cast("B") as octets:
-            size = len(octets)
-            sent = 0
-            try:
-                while sent < size:  # CPython has SSL_MODE_ENABLE_PARTIAL_WRITE set: a record each time
-                    with octets[sent : sent + LARGEST_PLAINTEXT] as piece:
-                        sent += write(piece)
-            except ssl.SSLWantReadError:
-                pass
+        sent = 0
+        try:
+            if size <= LARGEST_PLAINTEXT:
+                sent = write(data)
+            while sent < size:  # CPython has SSL_MODE_ENABLE_PARTIAL_WRITE set: a record each time
+                with memoryview(data).cast("B") as octets, octets[sent : sent + LARGEST_PLAINTEXT] as piece:
+                    sent += write(piece)
+        except ssl.SSLWantReadError:
+            pass
         return sent
 
     def outgoing(self) -> bytes:
@@ -162,11 +173,115 @@ class StdlibPump:
         self._closed = True
 
 
+# ---- which one ---------------------------------------------------------------------------------------------
+
+VARIABLE = "HEADRACE_TLS_PUMP"
+_maker: type[StdlibPump | NativePump] | None = None
+_reason: str | None = None
+
+
 def make_pump(
     context: ssl.SSLContext,
     server_side: bool = False,
     server_hostname: str | None = None,
     session: ssl.SSLSession | None = None,
 ) -> Pump:
-    """The pump that is used here; see above. Errors are those of ``ssl.SSLContext.wrap_bio``."""
-    return StdlibPump(context, server_side, server_hostname, session)
+    """The pump that is used here; see above. Errors are those of ``ssl.SSLContext.wrap_bio``.
+
+    At the first use also :class:`headrace.errors.EngineUnavailable`, if the environment forces the native pump and it
+    can't run here, and ValueError, if it names another.
+    """
+    global _maker
+    if _maker is None:
+        _maker = _choose()
+    if _maker is StdlibPump:
+        return _maker(context, server_side, server_hostname, session)
+    from headrace._tls_pump import UnknownLayoutError
+
+    try:
+        return _maker(context, server_side, server_hostname, session)
+    except UnknownLayoutError:  # a context with objects of its own
+        return StdlibPump(context, server_side, server_hostname, session)
+
+
+def _choose() -> type[StdlibPump | NativePump]:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "stdlib", "native"):
+        raise ValueError(f"{VARIABLE} must be 'stdlib' or 'native', not {wanted!r}")
+    if wanted == "stdlib":
+        logger.debug("TLS records go through ssl.MemoryBIO: %s=stdlib", VARIABLE)
+        return StdlibPump
+    if available():
+        from headrace._tls_pump import NativePump
+
+        logger.debug("TLS records go straight through %s", ssl.OPENSSL_VERSION)
+        return NativePump
+    if wanted:
+        raise EngineUnavailable(
+            f"{VARIABLE}=native, but the native TLS pump can't run here: {reason()}. Unset it, or use another Python"
+        )
+    logger.debug("TLS records go through ssl.MemoryBIO; the native pump can't run here: %s", reason())
+    return StdlibPump
+
+
+def available() -> bool:
+    """Whether ``NativePump`` can run here. It's tried out at the first call, which takes a few milliseconds."""
+    return not reason()
+
+
+def reason() -> str:
+    """Why ``NativePump`` can't run here; ``""`` if it can."""
+    global _reason
+    if _reason is None:
+        _reason = _try_native()
+    return _reason
+
+
+def _try_native() -> str:
+    try:
+        from headrace import _tls_pump
+    except ImportError as error:
+        return str(error)
+    problem = _tls_pump.load()
+    if problem:
+        return problem
+    try:
+        _self_test(_tls_pump.NativePump)
+    except (ssl.SSLError, RuntimeError) as error:
+        return f"its self-test failed: {error}"
+    return ""
+
+
+def _self_test(native: type[NativePump]) -> None:
+    """A connection each way between the two pumps. RuntimeError or ``ssl.SSLError`` if something doesn't fit."""
+    contexts = []
+    for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
+        context = ssl.SSLContext(protocol)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        # An anonymous key exchange needs no certificate, which could only be loaded from a file.
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("AECDH+AES:@SECLEVEL=0")
+        contexts.append(context)
+    _try_connection(native(contexts[0], True, None, None), StdlibPump(contexts[1], False, None, None))
+    _try_connection(StdlibPump(contexts[0], True, None, None), native(contexts[1], False, None, None))
+
+
+def _try_connection(server: Pump, client: Pump) -> None:
+    shaken: set[Pump] = set()
+    for _ in range(4):  # flights of a handshake
+        for one, other in ((client, server), (server, client)):
+            if one not in shaken and one.handshake(other.outgoing()):
+                shaken.add(one)
+    message = bytes(range(256)) * 80  # a full record and a rest
+    for sender, receiver in ((client, server), (server, client)):
+        received: list[bytes] = []
+        taken = sender.encrypt(message)
+        sender.close()
+        size = sender.pending
+        records = sender.outgoing()
+        open_before = receiver.decrypt(records[:-1], received)
+        open_after = receiver.decrypt(records[-1:], received)
+        outcome = (len(shaken), taken, size, b"".join(received), open_before, open_after)
+        if outcome != (2, len(message), len(records), message, True, False):
+            raise RuntimeError("what was sent and what was received differ")

@@ -66,7 +66,6 @@ class State(enum.Enum):
 PEER_HAS_CLOSED = {State.OPEN: State.PEER_CLOSED, State.CLOSING: State.CLOSED}
 WE_HAVE_CLOSED = {State.OPEN: State.CLOSING, State.PEER_CLOSED: State.CLOSED}
 ENDED = frozenset((State.PEER_CLOSED, State.CLOSED, State.FAILED))
-SENDING = frozenset((State.OPEN, State.PEER_CLOSED))
 OPEN = State.OPEN  # looked up once a record
 
 # What comes: bytes in one of these forms.
@@ -99,10 +98,11 @@ class TLSCore:
         "_hello",
         "_left",
         "_make",
-        "_pending",
         "_pump",
         "_silent",
         "_unsent",
+        "peer_closed",
+        "pending",
         "state",
     )
 
@@ -125,7 +125,9 @@ class TLSCore:
             select = context
             self._make = lambda hello: pump(select(hello), True, None, None)
             self._hello = ClientHelloReader(), []
-        self._pending: deque[memoryview] = deque()
+        # What was received and hasn't been worked off; while there's something, receive(None) is to be called.
+        self.pending: deque[memoryview] = deque()
+        self.peer_closed = False  # its close_notify came
         self._unsent: deque[memoryview] = deque()
         self._head = b""  # the beginning of a record's header, when that came in pieces
         self._left = 0  # bytes of the current record that haven't come yet
@@ -150,11 +152,6 @@ class TLSCore:
                 self.state = State.FAILED
                 raise
 
-    @property
-    def pending(self) -> bool:
-        """Whether something that was received hasn't been worked off."""
-        return bool(self._pending)
-
     def receive(self, data: Data | None, plaintext: list[bytes]) -> None:
         """Works off ``data``, or what is ``pending``, and appends the plaintext to ``plaintext``.
 
@@ -165,12 +162,12 @@ class TLSCore:
             if (
                 self.state is OPEN
                 and data is not None
-                and not (self._left or self._pending or self._head)
-                and is_one_record(data)
+                and not (self._left or self.pending or self._head)
+                and (size := len(data)) > HEADER
+                and (data[3] << 8 | data[4]) + HEADER == size
             ):
-                # The usual message.
-                assert self._pump is not None
-                if not self._pump.decrypt(data, plaintext):
+                # One whole record: the usual message.
+                if not self._pump.decrypt(data, plaintext):  # type: ignore[union-attr]
                     self._peer_has_closed()
                 elif plaintext:
                     self._silent = 0
@@ -178,18 +175,18 @@ class TLSCore:
                     self._was_silent(1)
             else:
                 if data is not None and self.state not in ENDED:
-                    self._pending.append(memoryview(data))
+                    self.pending.append(memoryview(data))
                 self._receive(plaintext)
             if self._unsent:
                 self._send_unsent()
         except (ssl.SSLError, FramingError, HandshakeError):
             self.state = State.FAILED
-            self._pending.clear()
+            self.pending.clear()
             raise
 
     def _receive(self, plaintext: list[bytes]) -> None:
         small = 0
-        while self._pending and small < TURN_LIMIT:
+        while self.pending and small < TURN_LIMIT:
             if self.state is State.HANDSHAKE:
                 self._shake_hands(self._take(HANDSHAKE_STEP))
                 if self.state is State.HANDSHAKE:
@@ -209,12 +206,12 @@ class TLSCore:
 
     def _take(self, size: int) -> memoryview:
         """The next ``size`` bytes, or fewer; keeps account of the records they belong to."""
-        view = self._pending[0]
+        view = self.pending[0]
         if len(view) > size:
-            self._pending[0] = view[size:]
+            self.pending[0] = view[size:]
             view = view[:size]
         else:
-            self._pending.popleft()
+            self.pending.popleft()
         position = min(self._left, len(view))
         self._left -= position
         while position < len(view):
@@ -223,7 +220,7 @@ class TLSCore:
 
     def _next_chunk(self) -> tuple[memoryview, int, int]:
         """The bytes that OpenSSL gets next, and how many records begin in them, and how many of those are small."""
-        view = self._pending[0]
+        view = self.pending[0]
         size = len(view)
         position = min(self._left, size)
         self._left -= position
@@ -234,9 +231,9 @@ class TLSCore:
                 records += 1
                 little += length <= SMALL
         if position == size:
-            self._pending.popleft()
+            self.pending.popleft()
             return view, records, little
-        self._pending[0] = view[position:]
+        self.pending[0] = view[position:]
         return view[:position], records, little
 
     def _next_record(self, view: memoryview, position: int) -> tuple[int, int]:
@@ -260,7 +257,8 @@ class TLSCore:
 
     def _peer_has_closed(self) -> None:
         self.state = PEER_HAS_CLOSED[self.state]
-        self._pending.clear()
+        self.peer_closed = True
+        self.pending.clear()
 
     def _was_silent(self, records: int) -> None:
         self._silent += records
@@ -311,16 +309,14 @@ class TLSCore:
 
     def send(self, data: bytes | memoryview) -> None:
         """Encrypts ``data``, into full records of 16 KiB and a rest. In OPEN or PEER_CLOSED only."""
-        if self.state not in SENDING:
+        if self.state is not OPEN and self.state is not State.PEER_CLOSED:
             raise RuntimeError(f"nothing can be sent in state {self.state.value!r}")
-        assert self._pump is not None
         if self._unsent:
             self._unsent.append(memoryview(data))
             return
-        taken = self._pump.encrypt(data)
-        view = memoryview(data)
-        if taken < len(view):
-            self._unsent.append(view[taken:])
+        taken = self._pump.encrypt(data)  # type: ignore[union-attr]
+        if taken < len(data):
+            self._unsent.append(memoryview(data)[taken:])
 
     def _send_unsent(self) -> None:
         """What had to wait until OpenSSL had read something: a renegotiation."""
@@ -354,8 +350,3 @@ class TLSCore:
             self.state = State.FAILED
             raise
         self.state = state
-
-
-def is_one_record(data: Data) -> bool:
-    size = len(data)
-    return size > HEADER and (data[3] << 8 | data[4]) + HEADER == size

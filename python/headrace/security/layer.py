@@ -14,6 +14,7 @@ Rules
 * The protocol above hears of its connection only when the handshake is done and the peer is let in; it doesn't hear
   of one that failed.
 * The end of the peer's stream comes after everything that was received before it, however long reading was paused.
+* A connection whose both streams have ended closes by itself.
 * ``close`` sends what is queued and the framing's end, then waits for the peer's, but not for ever.
 * What the framing owes a peer when it fails (an alert) is sent, if it can be sent at once.
 """
@@ -67,9 +68,8 @@ class Core(TypingProtocol):
     def receive(self, data: bytes | memoryview | Lease | None, plaintext: list[bytes]) -> None:
         """Works off what came, or what is ``pending``."""
 
-    @property
-    def pending(self) -> bool:
-        """Whether ``receive`` is to be called again."""
+    pending: Any  # true while ``receive`` is to be called again
+    peer_closed: bool  # it has ended its stream
 
     def send(self, data: bytes | memoryview) -> None:
         """Makes records of ``data``."""
@@ -93,14 +93,13 @@ class Kind(enum.Enum):
     BUFFERED = enum.auto()
 
 
-LEASES, BYTES = Kind.LEASES, Kind.BYTES
+BYTES, LEASES, BUFFERED = Kind.BYTES, Kind.LEASES, Kind.BUFFERED
 
 
 class SecurityLayer(transports._FlowControlMixin, Protocol):
     """A secured connection; an :class:`asyncio.Transport`. Made by the loop. Belongs to the loop's thread.
 
-    A subclass gives ``_core``, and says by ``_handshake_done``, ``_peer_has_ended`` and ``_deadline_error`` what its
-    framing is about.
+    A subclass gives ``_core``, and says by the first methods below what its framing is about.
     """
 
     __slots__ = (
@@ -192,10 +191,6 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         """Whether it is; asked after each receive until it's true. Raises what keeps the peer out."""
         raise NotImplementedError
 
-    def _peer_has_ended(self) -> bool:
-        """Whether the peer ended its stream within the framing."""
-        raise NotImplementedError
-
     def _truncation(self) -> BaseException | None:
         """What the protocol gets when the transport ended and the framing didn't; None: an end like any other."""
         raise NotImplementedError
@@ -250,29 +245,28 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
 
     # ---- receiving -------------------------------------------------------------------------------------------
 
-    def lease_received(self, lease: Lease) -> None:
-        self._receive(lease)
-
-    def data_received(self, data: bytes) -> None:
-        """From a transport that isn't headrace's own."""
-        self._receive(data)
-
     def _receive(self, data: bytes | memoryview | Lease | None) -> None:
+        core = self._core
         plaintext: list[bytes] = []
         error = None
         self._corked = True
         try:
             try:
-                self._core.receive(data, plaintext)
+                core.receive(data, plaintext)
                 if not self._established and self._handshake_done():
                     self._establish()
             except CORE_ERRORS as exc:
                 error = exc
-            if plaintext:
-                if self._closing:
-                    self._came_too_late()
-                else:
-                    self._pass_on(plaintext)
+            if not plaintext:
+                pass
+            elif self._closing:
+                self._came_too_late()
+            elif len(plaintext) > 1 or self._paused or self._kind is BUFFERED:
+                self._pass_on(plaintext)
+            elif self._kind is BYTES:
+                self._received(plaintext[0])
+            else:
+                self._received(self._loop._engine.pool.adopt(plaintext[0]))  # type: ignore[union-attr]
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -287,8 +281,11 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             self._flush()
         else:
             self._send_outgoing()
-        if self._core.pending or self._held or self._peer_has_ended():
+        if core.pending or self._held or core.peer_closed:
             self._look_after()
+
+    # From a transport of headrace's own, and from another one.
+    lease_received = data_received = _receive  # type: ignore[assignment]  # it takes more than leases
 
     def _came_too_late(self) -> None:
         """Bytes of the peer's after ``close``.
@@ -305,7 +302,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             # It was enough for one turn.
             self._hold_lower()
             self._loop.call_soon(self._go_on, context=self._context)
-        elif self._peer_has_ended():
+        elif self._core.peer_closed:
             self._ended()
 
     def _go_on(self) -> None:
@@ -386,9 +383,12 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             self._finish_closing()
             return
         self._end = True
-        if self._paused or self._held or self._core.pending or self._end_told:
+        if self._paused or self._held or self._core.pending:
             return
-        truncation = None if self._peer_has_ended() else self._truncation()
+        if self._end_told:
+            self._finish_closing()
+            return
+        truncation = None if self._core.peer_closed else self._truncation()
         if truncation is not None:
             self._fail(truncation)
             return
@@ -465,12 +465,14 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         """
         if type(data) is not bytes:
             data = checked(data)
-        size = len(data)
-        if not size or self._dropped():
+        if (self._closing or self._eof_written) and self._dropped():
             return
-        self._queue.append(data)
-        self._queued += size
-        self._queued_more()
+        size = len(data)
+        if size:
+            self._queue.append(data)
+            self._queued += size
+            if not self._corked or self._queued >= FLUSH_AT:
+                self._queued_more()
 
     def writelines(self, list_of_data: Iterable[Any]) -> None:
         """Queues every item, as ``write`` does, with one look at the flow control at the end."""
@@ -640,12 +642,13 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             self._fail(exc)
             return
         self._send_outgoing()
-        if self._closing and (self._lower_ended or self._peer_has_ended()):
+        if self._core.peer_closed or self._lower_ended:
             self._finish_closing()
 
     def _finish_closing(self) -> None:
-        """Both sides have said their end: nothing more can come."""
-        if self._goodbye and self._lower is not None:
+        """The peer's stream is over: when ours is as well, nothing more can come."""
+        if self._goodbye and (self._closing or self._end_told) and self._lower is not None:
+            self._closing = True
             self._lower.close()
 
     def _shutdown_overdue(self) -> None:
@@ -769,7 +772,7 @@ def checked(data: Any) -> Piece:
     if type(data) is bytes:
         return data
     if type(data) is Lease:
-        return memoryview(data)  # keeps the memory, also when the lease is released meanwhile
+        return data._to_send()
     if isinstance(data, (bytes, bytearray, memoryview)):
         return bytes(data)
     raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")

@@ -375,10 +375,6 @@ class TLSLayer(SecurityLayer):
 
     # ---- the end ---------------------------------------------------------------------------------------------
 
-    def _peer_has_ended(self) -> bool:
-        state = self._core.state
-        return state is State.PEER_CLOSED or state is State.CLOSED
-
     def _truncation(self) -> Exception | None:
         if self._settings is None or self._settings.truncation == "eof":
             return None
