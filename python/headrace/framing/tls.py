@@ -41,6 +41,8 @@ from headrace.framing.pump import Pump, make_pump
 if TYPE_CHECKING:
     from headrace._pool import Lease
 
+    Data: TypeAlias = bytes | memoryview | Lease
+
 __all__ = ["State", "TLSCore"]
 
 HEADER = 5  # bytes: content type, version, length (RFC 8446 section 5.1)
@@ -67,9 +69,6 @@ PEER_HAS_CLOSED = {State.OPEN: State.PEER_CLOSED, State.CLOSING: State.CLOSED}
 WE_HAVE_CLOSED = {State.OPEN: State.CLOSING, State.PEER_CLOSED: State.CLOSED}
 ENDED = frozenset((State.PEER_CLOSED, State.CLOSED, State.FAILED))
 OPEN = State.OPEN  # looked up once a record
-
-# What comes: bytes in one of these forms.
-Data: TypeAlias = "bytes | memoryview | Lease"
 
 
 class TLSCore:

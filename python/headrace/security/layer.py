@@ -88,9 +88,9 @@ class Core(TypingProtocol):
 class Kind(enum.Enum):
     """What the protocol above takes."""
 
-    BYTES = enum.auto()
-    LEASES = enum.auto()
-    BUFFERED = enum.auto()
+    BYTES = 1
+    LEASES = 2
+    BUFFERED = 3
 
 
 BYTES, LEASES, BUFFERED = Kind.BYTES, Kind.LEASES, Kind.BUFFERED
