@@ -41,7 +41,7 @@ from headrace.framing.pump import Pump, make_pump
 if TYPE_CHECKING:
     from headrace._pool import Lease
 
-    Data: TypeAlias = bytes | memoryview | Lease
+    _Data: TypeAlias = bytes | memoryview | Lease
 
 __all__ = ["State", "TLSCore"]
 
@@ -151,7 +151,7 @@ class TLSCore:
                 self.state = State.FAILED
                 raise
 
-    def receive(self, data: Data | None, plaintext: list[bytes]) -> None:
+    def receive(self, data: _Data | None, plaintext: list[bytes]) -> None:
         """Works off ``data``, or what is ``pending``, and appends the plaintext to ``plaintext``.
 
         ``data`` must stay unchanged until nothing is ``pending`` any more. What was decrypted before an error was met
