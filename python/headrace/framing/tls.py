@@ -306,7 +306,7 @@ class TLSCore:
 
     # ---- what goes -------------------------------------------------------------------------------------------
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: _Data) -> None:
         """Encrypts ``data``, into full records of 16 KiB and a rest. In OPEN or PEER_CLOSED only."""
         if self.state is not OPEN and self.state is not State.PEER_CLOSED:
             raise RuntimeError(f"nothing can be sent in state {self.state.value!r}")
