@@ -186,14 +186,13 @@ class TLSCore:
     def _receive(self, plaintext: list[bytes]) -> None:
         small = 0
         while self.pending and small < TURN_LIMIT:
+            chunk, records, little = self._next_chunk()
+            small += little
             if self.state is State.HANDSHAKE:
-                self._shake_hands(self._take(HANDSHAKE_STEP))
+                self._shake_hands(chunk)
                 if self.state is State.HANDSHAKE:
                     continue
                 chunk, records = memoryview(b""), 0  # OpenSSL has what came behind the handshake
-            else:
-                chunk, records, little = self._next_chunk()
-                small += little
             assert self._pump is not None
             before = len(plaintext)
             if not self._pump.decrypt(chunk, plaintext):
@@ -203,23 +202,11 @@ class TLSCore:
             else:
                 self._was_silent(records)
 
-    def _take(self, size: int) -> memoryview:
-        """The next ``size`` bytes, or fewer; keeps account of the records they belong to."""
-        view = self.pending[0]
-        if len(view) > size:
-            self.pending[0] = view[size:]
-            view = view[:size]
-        else:
-            self.pending.popleft()
-        position = min(self._left, len(view))
-        self._left -= position
-        while position < len(view):
-            position, _ = self._next_record(view, position)
-        return view
-
     def _next_chunk(self) -> tuple[memoryview, int, int]:
         """The bytes that OpenSSL gets next, and how many records begin in them, and how many of those are small."""
-        view = self.pending[0]
+        whole = view = self.pending[0]
+        if self.state is State.HANDSHAKE:
+            view = whole[:HANDSHAKE_STEP]
         size = len(view)
         position = min(self._left, size)
         self._left -= position
@@ -229,10 +216,10 @@ class TLSCore:
             if length >= 0:
                 records += 1
                 little += length <= SMALL
-        if position == size:
+        if position == len(whole):
             self.pending.popleft()
-            return view, records, little
-        self.pending[0] = view[position:]
+            return whole, records, little
+        self.pending[0] = whole[position:]
         return view[:position], records, little
 
     def _next_record(self, view: memoryview, position: int) -> tuple[int, int]:
