@@ -231,6 +231,8 @@ cdef int wire_read(void *bio, char *data, size_t size, size_t *done) noexcept no
     cdef size_t given = min(size, wire.left)
     done[0] = given
     wire.wanted = size - given
+    # Of an earlier call that found nothing: OpenSSL would take a later end for another wait.
+    lib.BIO_clear_flags(bio, BIO_FLAGS_RWS_RETRY)
     if not given:
         lib.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
         return 0

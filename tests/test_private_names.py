@@ -17,11 +17,13 @@ import asyncio.format_helpers
 import asyncio.futures
 import asyncio.protocols
 import asyncio.selector_events
+import asyncio.sslproto
 import asyncio.streams
 import asyncio.transports
 import asyncio.unix_events
 import inspect
 import re
+import ssl
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +111,8 @@ MODULES = {
 }
 # On asyncio.StreamReader and its protocol.
 READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
+# On an ssl.SSLObject; asyncio's TLS calls its own so, too.
+TLS = {"_sslobj"}
 # On asyncio's own policy, until 3.13.
 POLICY = {"_watcher"}
 
@@ -116,7 +120,16 @@ POLICY = {"_watcher"}
 FUTURE = {"_asyncio_future_blocking"}
 
 LISTED = (
-    LOOP | HANDLE | TRANSPORT | SERVER | PROCESS | READER | POLICY | FUTURE | set().union(*MODULES.values())
+    LOOP
+    | HANDLE
+    | TRANSPORT
+    | SERVER
+    | PROCESS
+    | READER
+    | TLS
+    | POLICY
+    | FUTURE
+    | set().union(*MODULES.values())
 )
 
 
@@ -198,6 +211,17 @@ def test_server(name):
 @pytest.mark.parametrize("name", sorted(READER))
 def test_reader(name):
     assert name in defined_by(asyncio.streams)
+
+
+@pytest.mark.parametrize("name", sorted(TLS))
+def test_tls(name):
+    assert name in defined_by(asyncio.sslproto)
+
+
+def test_the_ssl_object():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    assert type(made._sslobj).__name__ == "_SSLSocket"
 
 
 @pytest.mark.parametrize("name", sorted(PROCESS))

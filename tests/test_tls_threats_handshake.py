@@ -704,7 +704,7 @@ def test_memory_after_failed_handshakes(loop: headrace.EventLoop, how: str) -> N
                         await peer.lost.wait()
                 await asyncio.sleep(0)
 
-            await fail_all(100)  # caches fill, once
+            await fail_all(400)  # caches and arenas fill, once
             alive = len(layers())
             pool = loop.stats()["pool"]
             before = resident()
