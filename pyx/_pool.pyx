@@ -295,10 +295,10 @@ cdef class Lease:
     # --- what transports call
 
     def _to_send(self):
-        """A view for a layer that sends these bytes later: this lease can be released, or let go of, meanwhile."""
+        """The same bytes for a layer that sends them later: this lease can be released, or let go of, meanwhile."""
         cdef Lease kept = self[:]
         kept.sent = self.sent = True
-        return memoryview(kept)
+        return kept
 
     cdef void pin(self) noexcept:
         # The caller holds a reference to the lease until it has called unpin().

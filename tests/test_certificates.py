@@ -254,7 +254,7 @@ def test_whom_a_certificate_names(tmp_path: Path) -> None:
     assert identity_of(leaf_of(self_signed(tmp_path / "cn.pem", -1, 1))).name == "CN=self"
     assert identity_of(leaf_of(self_signed(tmp_path / "no.pem", -1, 1, []))).name == "serial 5"
     assert expiry_of(leaf_of(uri)) > datetime.datetime.now(datetime.UTC)
-    with pytest.raises(ValueError):  # noqa: PT011  # the text is OpenSSL's
+    with pytest.raises(ValueError):  # the text is OpenSSL's
         identity_of(b"nothing")
 
 

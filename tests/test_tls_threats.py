@@ -49,7 +49,7 @@ async def serving(factory: Callable[[], Any], **options: Any) -> AsyncIterator[A
 async def victim_and_peer(
     side: str, peer: Any, protocol: Recorder, security: headrace.TLS | None = None, **asyncio_s: Any
 ) -> AsyncIterator[Any]:
-    """Connects ``protocol``, which is on this side, with a hostile peer on the other; gives the protocol's transport."""
+    """Connects ``protocol``, on this side, with a hostile peer on the other; gives the protocol's transport."""
     loop: Any = asyncio.get_running_loop()
     options = asyncio_s or {"security": security or (server_tls() if side == "server" else client_tls())}
     if side == "server":
@@ -205,7 +205,9 @@ def test_key_update_answers_pile_up(loop: headrace.EventLoop, tmp_path: Path) ->
             peer.transport.pause_reading()
             rounds = 500
             flood = (records.key_update() for _ in range(SILENT_LIMIT * rounds))
-            peer.send_wire(b"".join(b"".join(islice(flood, SILENT_LIMIT)) + records.data(b"x") for _ in range(rounds)))
+            peer.send_wire(
+                b"".join(b"".join(islice(flood, SILENT_LIMIT)) + records.data(b"x") for _ in range(rounds))
+            )
             largest = unchanged = 0
             while unchanged < 200:  # turns
                 before = len(protocol.data), transport.get_write_buffer_size()
@@ -362,7 +364,9 @@ def test_truncation_at_every_byte(loop: headrace.EventLoop, end: str, version: s
             runs = [cut_off(context, offset, end, security=security) for offset in offsets]
             for peer, protocol in await asyncio.gather(*runs):
                 assert MESSAGE.startswith(protocol.data)
-                if peer.complete:  # a signature may be a byte or two shorter than in the flight that was measured
+                if (
+                    peer.complete
+                ):  # a signature may be a byte or two shorter than in the flight that was measured
                     continue
                 assert "eof" not in protocol.events
                 assert protocol.error is not None

@@ -29,7 +29,6 @@ from hostile import (
     CLOSE_NOTIFY,
     FIN,
     HANDSHAKE,
-    RST,
     V12,
     V13,
     Plain,
@@ -213,7 +212,9 @@ def test_handshake_deadline_of_a_server(how: str, seconds: float, flight: bytes)
         assert seconds <= simulated_run(main(), seed, faults=CALM) < seconds + 1
 
 
-@pytest.mark.parametrize("say", [record(HANDSHAKE, bytes([2, 0, 1, 0])) + bytes(200), b""], ids=["slow", "silent"])
+@pytest.mark.parametrize(
+    "say", [record(HANDSHAKE, bytes([2, 0, 1, 0])) + bytes(200), b""], ids=["slow", "silent"]
+)
 @pytest.mark.parametrize(("how", "seconds"), [("security", 10), ("ssl", 60)])
 def test_handshake_deadline_of_a_client(how: str, seconds: float, say: bytes) -> None:
     async def main() -> float:

@@ -41,6 +41,8 @@ from headrace.framing.pump import Pump, make_pump
 if TYPE_CHECKING:
     from headrace._pool import Lease
 
+    _Data: TypeAlias = bytes | memoryview | Lease
+
 __all__ = ["State", "TLSCore"]
 
 HEADER = 5  # bytes: content type, version, length (RFC 8446 section 5.1)
@@ -67,9 +69,6 @@ PEER_HAS_CLOSED = {State.OPEN: State.PEER_CLOSED, State.CLOSING: State.CLOSED}
 WE_HAVE_CLOSED = {State.OPEN: State.CLOSING, State.PEER_CLOSED: State.CLOSED}
 ENDED = frozenset((State.PEER_CLOSED, State.CLOSED, State.FAILED))
 OPEN = State.OPEN  # looked up once a record
-
-# What comes: bytes in one of these forms.
-Data: TypeAlias = "bytes | memoryview | Lease"
 
 
 class TLSCore:
@@ -152,7 +151,7 @@ class TLSCore:
                 self.state = State.FAILED
                 raise
 
-    def receive(self, data: Data | None, plaintext: list[bytes]) -> None:
+    def receive(self, data: _Data | None, plaintext: list[bytes]) -> None:
         """Works off ``data``, or what is ``pending``, and appends the plaintext to ``plaintext``.
 
         ``data`` must stay unchanged until nothing is ``pending`` any more. What was decrypted before an error was met
@@ -294,7 +293,7 @@ class TLSCore:
 
     # ---- what goes -------------------------------------------------------------------------------------------
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: _Data) -> None:
         """Encrypts ``data``, into full records of 16 KiB and a rest. In OPEN or PEER_CLOSED only."""
         if self.state is not OPEN and self.state is not State.PEER_CLOSED:
             raise RuntimeError(f"nothing can be sent in state {self.state.value!r}")

@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Path = str | os.PathLike[str]
-ClientCertificate = Literal["none", "optional", "required"]
 
 VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 LARGEST_FILE = 4 * 1024 * 1024  # bytes; a bundle of all public CAs is 220 KiB
@@ -57,7 +56,7 @@ class Certificate:
     private_key: Path | None = None
     password: Any = None
     client_ca: Path | None = None
-    client_certificate: ClientCertificate = "none"
+    client_certificate: Literal["none", "optional", "required"] = "none"
 
 
 class ServerCertificates:

@@ -53,7 +53,7 @@ FLUSH_AT = 64 * 1024
 # Bytes that the framing may owe a peer that doesn't read, before nothing more is read from it.
 ANSWERS_LIMIT = 64 * 1024
 
-Piece: TypeAlias = bytes | memoryview
+Piece: TypeAlias = bytes | memoryview | Lease
 
 # What a core raises; everything else is a mistake of ours.
 CORE_ERRORS = (ssl.SSLError, SecurityError)
@@ -71,7 +71,7 @@ class Core(TypingProtocol):
     pending: Any  # true while ``receive`` is to be called again
     peer_closed: bool  # it has ended its stream
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: Piece) -> None:
         """Makes records of ``data``."""
 
     @property
@@ -88,9 +88,9 @@ class Core(TypingProtocol):
 class Kind(enum.Enum):
     """What the protocol above takes."""
 
-    BYTES = enum.auto()
-    LEASES = enum.auto()
-    BUFFERED = enum.auto()
+    BYTES = 1
+    LEASES = 2
+    BUFFERED = 3
 
 
 BYTES, LEASES, BUFFERED = Kind.BYTES, Kind.LEASES, Kind.BUFFERED
