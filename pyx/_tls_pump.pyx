@@ -234,6 +234,8 @@ cdef int wire_read(void *bio, char *data, size_t size, size_t *done) noexcept no
     if not given:
         lib.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
         return 0
+    # Otherwise SSL_get_error takes a close_notify in the handshake for "wait for more", and nobody would ever wake up.
+    lib.BIO_clear_flags(bio, BIO_FLAGS_RWS_RETRY)
     memcpy(data, wire.source, given)
     wire.source += given
     wire.left -= given
