@@ -730,7 +730,8 @@ def test_memory_after_failed_handshakes(loop: headrace.EventLoop, how: str) -> N
             assert len(layers()) <= alive
             after = loop.stats()["pool"]
             assert after["outstanding"] == pool["outstanding"] == 0
-            assert after["allocated"] <= pool["allocated"] + 16  # blocks; it may have grown once, by what is posted
+            # Blocks; it may have grown once, by what is posted.
+            assert after["allocated"] <= pool["allocated"] + 16
             assert resident() - before <= 6 << 20  # those blocks, if they were touched, and a KiB each
 
     run(loop, main())
