@@ -231,11 +231,11 @@ cdef int wire_read(void *bio, char *data, size_t size, size_t *done) noexcept no
     cdef size_t given = min(size, wire.left)
     done[0] = given
     wire.wanted = size - given
-    # Of an earlier call that found nothing: OpenSSL would take a later end for another wait.
-    lib.BIO_clear_flags(bio, BIO_FLAGS_RWS_RETRY)
     if not given:
         lib.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
         return 0
+    # Otherwise SSL_get_error takes a close_notify in the handshake for "wait for more", and nobody would ever wake up.
+    lib.BIO_clear_flags(bio, BIO_FLAGS_RWS_RETRY)
     memcpy(data, wire.source, given)
     wire.source += given
     wire.left -= given

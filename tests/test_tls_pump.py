@@ -225,6 +225,14 @@ def test_something_else_than_tls(ends: Ends) -> None:
     assert outcomes.pop()[3] == "HTTP_REQUEST"
 
 
+def test_a_close_notify_in_the_handshake(ends: Ends) -> None:
+    """It isn't taken for an invitation to wait, also when there was something to wait for before."""
+    client = ends.client()
+    assert not client.handshake(b"")
+    with pytest.raises(ssl.SSLZeroReturnError):
+        client.handshake(b"\x15\x03\x03\x00\x02\x01\x00")
+
+
 def test_a_session_is_resumed(ends: Ends) -> None:
     server, client = ends.connected()
     session = client.ssl_object.session

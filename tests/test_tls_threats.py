@@ -17,7 +17,7 @@ import headrace
 from authorities import ca_file, issued
 from headrace.errors import FramingError, StalledError, TruncatedError
 from headrace.testing import Faults, simulated_run
-from hostile import FIN, RST, V12, V13, ByHand, TLSPeer, client_context, server_context
+from hostile import FIN, RST, V12, V13, ByHand, Records, TLSPeer, client_context, server_context
 from streams import Bytes, Leases, Recorder
 
 NAME = "server.example"
@@ -113,6 +113,38 @@ def test_key_update_flood(loop: headrace.EventLoop, tmp_path: Path, side: str, h
             await peer.lost.wait()
             assert peer.wire_bytes - before <= 64 * 1024
             assert not protocol.data
+
+    run(loop, main())
+
+
+class Hasty(ByHand):
+    """Sends key updates in the same segment as the last flight of its handshake."""
+
+    def flush(self) -> None:
+        flight = self.outgoing.read()
+        if self.handshake_done.is_set() and flight:
+            cipher = self.tls.cipher()
+            assert cipher is not None
+            records = Records(cipher[0], self.keylog)
+            flight += b"".join(records.key_update() for _ in range(KEY_UPDATES // 20))
+        self.send_wire(flight)
+
+
+def test_key_update_flood_behind_the_handshake(loop: headrace.EventLoop, tmp_path: Path) -> None:
+    """What comes in one segment with the end of the handshake counts no less: here 500 key updates."""
+
+    async def main() -> None:
+        context = server_context(NAME)
+        seen = count_key_updates(context)
+        protocol = Bytes()
+        peer = Hasty(tmp_path, server_name=NAME)
+        async with serving(lambda: protocol, security=headrace.TLS(context=context)) as address:
+            await loop.create_connection(lambda: peer, *address)
+            await protocol.seen("lost")
+            await peer.lost.wait()
+        assert isinstance(protocol.error, FramingError)
+        assert 0 < len(seen) <= 64 + SILENT_LIMIT
+        assert peer.wire_bytes <= 64 * 1024
 
     run(loop, main())
 

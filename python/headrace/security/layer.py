@@ -198,6 +198,10 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
     def _deadline_error(self) -> Exception:
         raise NotImplementedError
 
+    def _tells_failures(self) -> bool:
+        """Whether what OpenSSL finds wrong is logged outside of debug mode, too."""
+        raise NotImplementedError
+
     def _half_closes(self) -> bool:
         """Whether each direction may end by itself."""
         raise NotImplementedError
@@ -690,7 +694,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         """The connection is over; the peer is told why, if that can be done at once."""
         if self._lower is None or self._lower.is_closing():
             return
-        if isinstance(exc, SecurityError):
+        if isinstance(exc, SecurityError) or (isinstance(exc, ssl.SSLError) and self._tells_failures()):
             logger.info("%r: %s", self, exc)
         elif isinstance(exc, OSError):
             if self._loop.get_debug():

@@ -383,6 +383,9 @@ class TLSLayer(SecurityLayer):
             "(truncation='eof' takes it as the end)"
         )
 
+    def _tells_failures(self) -> bool:
+        return self._settings is not None
+
     def _half_closes(self) -> bool:
         return self._settings is not None
 
