@@ -31,6 +31,7 @@ MODULES = (
     "_listener",
     "_file",
     "_datagram",
+    "_tls_pump",
 )
 # What a change to a C header must rebuild: setuptools can't see through Cython.
 HEADERS = {"_uring": ["pyx/uring_abi.h"]}

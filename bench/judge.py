@@ -33,6 +33,7 @@ ROUNDS_FOR_VERDICT = 15
 RESAMPLES = 2000
 INTERVAL = 0.90
 LIMIT_PEER = "c-uring"
+TLS_LIMIT_PEER = "c-tls"
 
 REACHED, NOT_REACHED, INCONCLUSIVE = "reached", "not reached", "inconclusive"
 
@@ -113,6 +114,7 @@ def within(value: float, bounds: Sequence[float] | None) -> bool:
 def fits(target: dict[str, Any], row: Row, peer: str) -> bool:
     return (
         target.get("mode", row.mode) == row.mode
+        and target.get("tls", False) == row.tls
         and within(row.size, target.get("sizes"))
         and within(row.connections, target.get("connections"))
         and target.get("rate", bool(row.rate)) == bool(row.rate)
@@ -148,11 +150,12 @@ def judge_ratio(result: Result, peer: str, target: dict[str, Any]) -> Iterator[J
         must, verdict_at_least(measured, must),
         goal, verdict_at_least(measured, goal) if goal is not None else None,
     )  # fmt: skip
-    share = estimate(result.ratios(peer, LIMIT_PEER)) if "limit" in target else None
+    limit = TLS_LIMIT_PEER if result.row.tls else LIMIT_PEER
+    share = estimate(result.ratios(peer, limit)) if "limit" in target else None
     if share:
         bound = target["limit"]
         verdict = verdict_at_least(share, bound)
-        yield Judgement(target["case"], peer, f"{LIMIT_PEER} / this", share, bound, verdict)
+        yield Judgement(target["case"], peer, f"{limit} / this", share, bound, verdict)
 
 
 def judge_figure(result: Result, peer: str, target: dict[str, Any]) -> Iterator[Judgement]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from bench.judge import LIMIT_PEER, Estimate, Judgement, estimate, judge
+from bench.judge import LIMIT_PEER, TLS_LIMIT_PEER, Estimate, Judgement, estimate, judge
 from bench.rounds import Result
 
 __all__ = ["figures", "judgement_table", "markdown", "markdown_table", "result_table"]
@@ -32,6 +32,8 @@ COLUMNS = {
     "micro": (("CPU us/event", "cpu_us_per_event"),),
     "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "client": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
+    "handshake": (("CPU us/handshake", "cpu_us_per_request"), ("handshakes/s", "requests_per_second")),
+    "resume": (("CPU us/handshake", "cpu_us_per_request"), ("handshakes/s", "requests_per_second")),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),
@@ -55,7 +57,11 @@ def ratio(measured: Estimate | None) -> str:
 
 def references(result: Result) -> list[str]:
     """Whom the others are compared with: streams with uvloop's streams as well."""
-    present = [name for name in (REFERENCE, f"{REFERENCE}-streams", LIMIT_PEER) if name in result.peers]
+    present = [
+        name
+        for name in (REFERENCE, f"{REFERENCE}-streams", "aiofastnet-uvloop", LIMIT_PEER, TLS_LIMIT_PEER)
+        if name in result.peers
+    ]
     return present or result.peers[:1]
 
 

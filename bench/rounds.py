@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from bench.certificate import certificate_file
 from bench.native.build import program
 from bench.peers import Peer, find_peer
 
@@ -42,8 +43,11 @@ METRICS = {
     "micro": "cpu_us_per_event",
     "web": "cpu_us_per_request",
     "client": "cpu_us_per_request",
+    "handshake": "cpu_us_per_request",
+    "resume": "cpu_us_per_request",
 }
 LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
+TLS_LOADS = ("echo", "sink", "source", "storm", "handshake", "resume")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -65,30 +69,42 @@ class Row:
     size: int = 64
     rate: float = 0.0  # bytes per second in total; 0: as fast as it goes
     label: str = ""  # of a micro or web row
+    tls: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """``"echo -n 100 -s 64"``, in the load generator's own words; ``ValueError`` for anything else."""
+        """``"echo -n 100 -s 64"``, in the load generator's own words; ``ValueError`` for anything else.
+
+        With ``tls`` in front, over TLS.
+        """
         words = shlex.split(text)
-        if not words or words[0] not in LOADS or len(words) % 2 == 0:
+        tls = words[:1] == ["tls"]
+        if tls:
+            del words[0]
+        loads = TLS_LOADS if tls else LOADS
+        if not words or words[0] not in loads or len(words) % 2 == 0:
             raise ValueError(
-                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
+                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', "
+                f"or 'tls' and one of {'|'.join(TLS_LOADS)}, not {text!r}"
             )
         given = dict(zip(words[1::2], words[2::2], strict=True))
         unknown = given.keys() - {"-n", "-s", "-r"}
         if unknown:
             raise ValueError(f"unknown in a row: {', '.join(sorted(unknown))}")
-        return cls(words[0], int(given.get("-n", 1)), int(given.get("-s", 64)), float(given.get("-r", 0)))
+        return cls(
+            words[0], int(given.get("-n", 1)), int(given.get("-s", 64)), float(given.get("-r", 0)), tls=tls
+        )
 
     def __str__(self) -> str:
         if self.label:
             return f"{self.label} -n {self.connections}" if self.mode in ("web", "client") else self.label
-        if self.mode == "storm":
-            return f"storm -n {self.connections}"
-        if self.mode == "source":
-            return f"source -n {self.connections}"
+        tls = "tls " if self.tls else ""
+        if self.mode in ("handshake", "resume"):
+            return f"{tls}{self.mode}"
+        if self.mode in ("storm", "source"):
+            return f"{tls}{self.mode} -n {self.connections}"
         rate = f" -r {self.rate:g}" if self.rate else ""
-        return f"{self.mode} -n {self.connections} -s {self.size}{rate}"
+        return f"{tls}{self.mode} -n {self.connections} -s {self.size}{rate}"
 
     @property
     def metric(self) -> str:
@@ -97,7 +113,7 @@ class Row:
 
     @property
     def server_mode(self) -> str:
-        return "echo" if self.mode == "storm" else self.mode
+        return "echo" if self.mode in ("storm", "handshake", "resume") else self.mode
 
     @property
     def needs_new_servers(self) -> bool:
@@ -211,13 +227,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def running(peer: Peer, mode: str, processor: int | None) -> Iterator[Server]:
+def running(peer: Peer, row: Row, processor: int | None) -> Iterator[Server]:
     """Starts a peer and stops it at the end; ``ServerError`` when it doesn't listen in ``START_TIMEOUT``."""
     raise_descriptor_limit()
     with tempfile.TemporaryFile() as log:
         with started_on(processor):
             process = subprocess.Popen(
-                peer.arguments(mode),
+                peer.arguments(row.server_mode, certificate=certificate_file() if row.tls else None),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **peer.environment},
@@ -235,7 +251,7 @@ def running(peer: Peer, mode: str, processor: int | None) -> Iterator[Server]:
 def load(server: Server, row: Row, settings: Settings, processor: int | None) -> Measurement:
     """One run of the load generator; ``ServerError`` when it couldn't measure."""
     words = [
-        str(program("loadgen")),
+        str(program("tls_loadgen" if row.tls else "loadgen")),
         *row.arguments(),
         "-t",
         str(settings.seconds),
@@ -383,7 +399,7 @@ def run_with_standing_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
     with ExitStack() as stack:
         for peer in peers:
             try:
-                server = running(peer, result.row.server_mode, result.placement.server)
+                server = running(peer, result.row, result.placement.server)
                 servers[peer.name] = stack.enter_context(server)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)
@@ -402,7 +418,7 @@ def run_with_new_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
             if peer.name in result.failures:
                 continue
             try:
-                with running(peer, result.row.server_mode, result.placement.server) as server:
+                with running(peer, result.row, result.placement.server) as server:
                     rounds.measure(server, measured, number)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from bench.judge import LIMIT_PEER, judge
+from bench.judge import LIMIT_PEER, TLS_LIMIT_PEER, judge
 from bench.peers import standard_peers
 from bench.report import REFERENCE, figures
 from bench.rounds import Placement, Result, Row, Settings, run_row
@@ -98,6 +98,8 @@ def row_id(row: Row) -> str:
         return row.label
     if row.mode in ("source", "storm"):
         return f"{row.mode}-n{row.connections}"
+    if row.mode in ("handshake", "resume"):
+        return row.mode
     return f"{'' if row.mode == 'echo' else row.mode + '-'}{size}-n{row.connections}{paced}"
 
 
@@ -117,7 +119,8 @@ class Board:
         """The row's figures; measured now if they haven't been."""
         if row not in self.results:
             # Ratios need their denominators, whatever -k has left over.
-            needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, LIMIT_PEER]
+            limit = [] if row.mode.startswith("datagram") else [TLS_LIMIT_PEER if row.tls else LIMIT_PEER]
+            needed = [REFERENCE, *limit]
             if any(peer.endswith("-streams") for peer in self.selected[row]):
                 needed.append(f"{REFERENCE}-streams")
             peers = list(dict.fromkeys([*needed, *self.selected[row]]))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,5 +198,75 @@ def holder_workload(label: str, name: str) -> Iterator[Callable[[], int]]:
 def test_holding_bytes(row: Row, peer: str, benchmark: Any, board: Board) -> None:
     peers: dict[str, Callable[[], Workload]] = {
         name: partial(holder_workload, row.label, name) for name in HOLDERS
+    }
+    play_back(benchmark, board.micro_result(row, peers), peer)
+
+
+# ---- TLS records, without sockets ----
+
+PUMPS = ["stdlib", "native"]
+PUMP_SIZES = {"64B": 64, "1KiB": 1024, "16KiB": SIZE, "16x16KiB": 16 * SIZE}
+PUMP_ROWS = [
+    Row("micro", label=f"tls_{what}_{size}")
+    for what in ("encrypt", "encrypt_and_decrypt")
+    for size in PUMP_SIZES
+]
+
+
+def connected_pumps(name: str) -> tuple[Any, Any]:
+    """(a server's, a client's) of one kind, after a handshake of TLS 1.3; both keep what they send."""
+    from headrace.cli.cert import write_certificates
+    from headrace.framing import pump
+
+    if name == "native" and not pump.available():
+        raise ImportError(pump.reason())
+    if name == "native":
+        from headrace._tls_pump import NativePump as Pump
+    else:
+        from headrace.framing.pump import StdlibPump as Pump  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_certificates(Path(folder), ["localhost"])
+        serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        serving.load_cert_chain(files.server, files.server_key)
+        asking = ssl.create_default_context(cafile=str(files.ca))
+    server, client = Pump(serving, True, None, None), Pump(asking, False, "localhost", None)
+    client.handshake(b"")
+    server.handshake(client.outgoing())
+    client.handshake(server.outgoing())
+    server.handshake(client.outgoing())
+    client.decrypt(server.outgoing(), [])  # session tickets
+    assert client.ssl_object.version() == "TLSv1.3"
+    return server, client
+
+
+@contextmanager
+def pump_workload(label: str, name: str) -> Iterator[Callable[[], int]]:
+    """An event is a call, of as many records as its size says. The records of the second kind are in the cache."""
+    server, client = connected_pumps(name)
+    size = PUMP_SIZES[label.rpartition("_")[2]]
+    data = bytes(size)
+    events = EVENTS if size < SIZE else EVENTS * SIZE // size // 4
+
+    def encrypt() -> int:
+        for _ in range(events):
+            client.encrypt(data)
+            client.outgoing()
+        return events
+
+    def encrypt_and_decrypt() -> int:
+        for _ in range(events):
+            client.encrypt(data)
+            server.decrypt(client.outgoing(), [])
+        return events
+
+    yield encrypt_and_decrypt if "decrypt" in label else encrypt
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("row", PUMP_ROWS, ids=row_id)
+@pytest.mark.parametrize("peer", PUMPS)
+def test_tls_records(row: Row, peer: str, benchmark: Any, board: Board) -> None:
+    peers: dict[str, Callable[[], Workload]] = {
+        name: partial(pump_workload, row.label, name) for name in PUMPS
     }
     play_back(benchmark, board.micro_result(row, peers), peer)

@@ -45,7 +45,7 @@ cdef frozenset OF_ONE_CONNECTION = frozenset((
 cdef class Listener(Endpoint):
     """What serves one listening socket for an ``asyncio.Server``."""
 
-    def __init__(self, LoopCore loop, protocol_factory, sock, sslcontext, server, tls_timeouts):
+    def __init__(self, LoopCore loop, protocol_factory, sock, server):
         cdef int on = 1
         self.loop = loop
         self.factory = protocol_factory
@@ -53,9 +53,7 @@ cdef class Listener(Endpoint):
         self.family = sock.family
         self.type = sock.type
         self.proto = sock.proto
-        self.sslcontext = sslcontext
         self.server = server
-        self.tls_timeouts = tls_timeouts
         self.context = PyContext_CopyCurrent()
         self.retry_delay = RETRY_FIRST
         self.accept.owner = <PyObject *>self
@@ -143,8 +141,6 @@ cdef class Listener(Endpoint):
         cdef StreamTransport transport
         cdef object context
         cdef object protocol = None
-        if self.sslcontext is not None:
-            return self.secure_connection(fd)
         context = PyContext_Copy(self.context)
         PyContext_Enter(context)
         try:
@@ -165,20 +161,6 @@ cdef class Listener(Endpoint):
         finally:
             PyContext_Exit(context)
         return transport.connect()
-
-    cdef int secure_connection(self, int fd) except -1:
-        """TLS by asyncio's own protocol, which wants a task to wait for the handshake."""
-        sock = self.loop._accepted_socket(fd, self.family, self.type, self.proto)
-        sock.setblocking(False)
-        try:
-            extra = {"peername": sock.getpeername()}
-        except OSError:    # gone already
-            sock.close()
-            return 0
-        self.loop.create_task(self.loop._accept_connection2(
-            self.factory, sock, extra, self.sslcontext, self.server, *self.tls_timeouts
-        ))
-        return 0
 
     def stop(self):
         """Ends accepting. When it returns, nothing but the caller's socket holds the port."""

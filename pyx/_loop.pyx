@@ -231,6 +231,7 @@ cdef class LoopCore:
 
     def __cinit__(self, *args, **kwargs):
         self.dirty = []
+        self.turn_end = []
         self.accept_starved = []
         self.slow_callback_duration = 0.1
 
@@ -335,6 +336,8 @@ cdef class LoopCore:
             self._check_closed()
         self.turns += 1
         self.prune_timers()
+        if self.turn_end:
+            self.call_turn_end()
         if self.dirty:
             self.flush_marked()
         now = self.clock()
@@ -384,7 +387,7 @@ cdef class LoopCore:
 
     cdef double next_timeout(self, double now) except? -2:
         cdef double timeout
-        if self._ready or self._stopping or self.dirty:
+        if self._ready or self._stopping or self.dirty or self.turn_end:
             return 0
         if self._scheduled:
             timeout = (<TimerHandle>self._scheduled[0])._when - now
@@ -505,6 +508,27 @@ cdef class LoopCore:
                 self.dirty.extend(dirty[i:])
         return 0
 
+    def _at_turn_end(self, callback):
+        """Calls ``callback()`` once, when this turn's callbacks have run and before what they wrote is sent.
+
+        For layers above a transport that want to send what is written in a turn together.
+        """
+        self.turn_end.append(callback)
+
+    cdef int call_turn_end(self) except -1:
+        """What these callbacks ask for in their turn waits for the next one: a turn must end."""
+        cdef list callbacks = self.turn_end
+        cdef Py_ssize_t i = 0
+        self.turn_end = []
+        try:
+            while i < len(callbacks):
+                i += 1
+                callbacks[i - 1]()
+        finally:
+            if i < len(callbacks):
+                self.turn_end = callbacks[i:] + self.turn_end
+        return 0
+
     cdef int remember(self, int fd, Endpoint transport) except -1:
         cdef int size
         cdef PyObject **grown
@@ -573,6 +597,7 @@ cdef class LoopCore:
         if self._forked or self.engine is None or not self.engine.running:
             return
         try:
+            self.call_turn_end()
             self.flush_now()
         finally:
             self.turn_ends(self.clock())    # the time between two runs is no turn's
@@ -589,6 +614,7 @@ cdef class LoopCore:
         if self.engine is not None:
             self.engine.forked()
         self.dirty = []
+        self.turn_end = []
 
     @property
     def _engine(self):

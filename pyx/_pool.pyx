@@ -171,7 +171,8 @@ cdef class BufferPool:
         self.copies += 1
         return wrap(self, PyBytes_FromStringAndSize(data, size))
 
-    cdef Lease adopt(self, bytes heap):
+    cpdef Lease adopt(self, bytes heap):
+        """A lease on bytes that lie on the heap already."""
         return wrap(self, heap)
 
     cdef void trim(self) noexcept:
@@ -292,6 +293,12 @@ cdef class Lease:
             warn(self.pool, site)
 
     # --- what transports call
+
+    def _to_send(self):
+        """The same bytes for a layer that sends them later: this lease can be released, or let go of, meanwhile."""
+        cdef Lease kept = self[:]
+        kept.sent = self.sent = True
+        return kept
 
     cdef void pin(self) noexcept:
         # The caller holds a reference to the lease until it has called unpin().

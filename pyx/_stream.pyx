@@ -589,7 +589,7 @@ cdef class StreamTransport(Endpoint):
         return self.want_flush(size)
 
     cdef int want_flush(self, Py_ssize_t size) except -1:
-        """Asks for a flush at the turn's end, `size` more bytes being queued. A send that will complete does as well."""
+        """Asks for a flush at the turn's end, `size` more bytes being queued. A send that completes does as well."""
         if not self.marked and (self.send.state == IDLE or self.send.flags & SILENT):
             self.marked = True
             self.loop.mark(self, size)

@@ -23,6 +23,7 @@ import asyncio.transports
 import asyncio.unix_events
 import inspect
 import re
+import ssl
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,6 @@ PACKAGE = ROOT / "python/headrace"
 
 # On an instance of asyncio.SelectorEventLoop: inherited, called or overridden.
 LOOP = {
-    "_accept_connection2",
     "_add_reader",
     "_add_writer",
     "_check_callback",
@@ -106,13 +106,13 @@ MODULES = {
     asyncio.events: {"_event_loop_policy"},
     asyncio.format_helpers: {"_format_callback_source"},
     asyncio.futures: {"_set_result_unless_cancelled"},
-    asyncio.protocols: {"_feed_data_to_buffered_proto"},
     asyncio.transports: {"_FlowControlMixin"},
     asyncio.unix_events: {"_UnixSubprocessTransport"},
 }
-TLS = {"_app_transport"}
 # On asyncio.StreamReader and its protocol.
 READER = {"_buffer", "_eof", "_paused", "_stream_reader", "_transport"}
+# On an ssl.SSLObject; asyncio's TLS calls its own so, too.
+TLS = {"_sslobj"}
 # On asyncio's own policy, until 3.13.
 POLICY = {"_watcher"}
 
@@ -125,8 +125,8 @@ LISTED = (
     | TRANSPORT
     | SERVER
     | PROCESS
-    | TLS
     | READER
+    | TLS
     | POLICY
     | FUTURE
     | set().union(*MODULES.values())
@@ -213,6 +213,17 @@ def test_reader(name):
     assert name in defined_by(asyncio.streams)
 
 
+@pytest.mark.parametrize("name", sorted(TLS))
+def test_tls(name):
+    assert name in defined_by(asyncio.sslproto)
+
+
+def test_the_ssl_object():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    assert type(made._sslobj).__name__ == "_SSLSocket"
+
+
 @pytest.mark.parametrize("name", sorted(PROCESS))
 def test_process(name):
     assert name in defined_by(asyncio.base_subprocess)
@@ -228,8 +239,3 @@ def test_policy(name):
 )
 def test_module(module, name):
     assert hasattr(module, name)
-
-
-@pytest.mark.parametrize("name", sorted(TLS))
-def test_tls(name):
-    assert name in defined_by(asyncio.sslproto)

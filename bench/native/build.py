@@ -13,7 +13,10 @@ from pathlib import Path
 __all__ = ["PROGRAMS", "CompilerMissingError", "build_directory", "program"]
 
 SOURCES = Path(__file__).parent
-PROGRAMS = ("loadgen", "epoll_echo", "uring_echo")
+PROGRAMS = ("loadgen", "epoll_echo", "uring_echo", "tls_loadgen", "tls_echo")
+OPENSSL = ("-lssl", "-lcrypto")
+# Where a program's source has another name, and what it needs besides.
+SPECIAL = {"tls_loadgen": ("loadgen", ("-DTLS",), OPENSSL), "tls_echo": ("tls_echo", (), OPENSSL)}
 HEADERS = ("tcp.h", "uring_raw.h")
 FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra")
 COMPILE_TIMEOUT = 120  # seconds
@@ -38,24 +41,29 @@ def program(name: str) -> Path:
     if name not in PROGRAMS:
         raise ValueError(f"no program {name!r}: {', '.join(PROGRAMS)}")
     binary = build_directory() / name
-    source = SOURCES / f"{name}.c"
+    stem, flags, libraries = SPECIAL.get(name, (name, (), ()))
+    source = SOURCES / f"{stem}.c"
     newest = max(path.stat().st_mtime for path in (source, *(SOURCES / header for header in HEADERS)))
     if not binary.exists() or binary.stat().st_mtime < newest:
-        compile_program(source, binary)
+        compile_program(source, binary, flags, libraries)
     return binary
 
 
-def compile_program(source: Path, binary: Path) -> None:
+def compile_program(
+    source: Path, binary: Path, flags: tuple[str, ...] = (), libraries: tuple[str, ...] = ()
+) -> None:
     """Compiles ``source``; the result appears in one step, so a second run never starts half of it."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "cc"))), None)
     if not compiler:
         raise CompilerMissingError(
-            f"{source.name} needs a C compiler (Debian: apt install gcc libc6-dev linux-libc-dev), "
+            f"{source.name} needs a C compiler (Debian: apt install gcc libc6-dev linux-libc-dev libssl-dev), "
             "or the variable CC naming one"
         )
     binary.parent.mkdir(parents=True, exist_ok=True)
     partial = binary.with_name(f"{binary.name}.{os.getpid()}")
-    subprocess.run([compiler, *FLAGS, "-o", partial, source], check=True, timeout=COMPILE_TIMEOUT)
+    subprocess.run(
+        [compiler, *FLAGS, *flags, "-o", partial, source, *libraries], check=True, timeout=COMPILE_TIMEOUT
+    )
     partial.replace(binary)
 
 

@@ -1,6 +1,8 @@
 /* loadgen: puts load on a server and says what it cost the server. One thread, epoll, one JSON object on stdout.
+ * Compiled with -DTLS it's tls_loadgen: the same over TLS 1.3, without looking at the server's certificate.
  *
  * usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [options]
+ *        tls_loadgen echo|sink|source|storm|handshake|resume -p PORT [options]
  *
  * echo    each connection sends SIZE bytes, waits until they are back, and sends them again
  * sink    sends SIZE bytes at a time without end, or at RATE in total; the server only receives
@@ -8,6 +10,7 @@
  * storm   opens all connections as fast as it can with one echoed byte each, then leaves them idle:
  *         accept rate, CPU per accepted connection, memory per idle connection
  * datagram-echo  echo over UDP, one datagram each; what hasn't come back after 0.1 s is sent again
+ * handshake  connects, has one byte echoed and closes, again and again; resume does it with the last one's session
  * datagram-sink  sends datagrams of SIZE bytes without end; counted is what the server has answered, one to 16
  *
  *   -n CONNECTIONS (1)   -s BYTES (64)     -t SECONDS measured (1)   -w SECONDS before that (0.3)
@@ -38,6 +41,10 @@
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#endif
 
 enum exit_status { USAGE = 1, CANT_CONNECT, CANT_SEND, CONNECTION_LOST, WRONG_BYTES, DEADLINE_PASSED };
 
@@ -268,6 +275,9 @@ static double percentile_us(double share, uint64_t count)
 
 struct connection {
     int fd;
+#ifdef TLS
+    SSL *ssl;
+#endif
     int sent, received; /* of the request under way */
     uint64_t begun;
     uint8_t wants_out;
@@ -303,7 +313,108 @@ static void raise_descriptor_limit(void)
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-static void dial(int index)
+/* ---- what differs between TCP and TLS ---- */
+
+#ifdef TLS
+
+static SSL_CTX *context;
+static SSL_SESSION *session; /* the newest ticket */
+
+static int keep_session(SSL *ssl, SSL_SESSION *newest)
+{
+    (void)ssl;
+    SSL_SESSION_free(session);
+    session = newest;
+    return 1; /* it's ours now */
+}
+
+static void prepare_tls(void)
+{
+    enum { READ_AHEAD = 128 * 1024 };
+    context = SSL_CTX_new(TLS_client_method());
+    SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
+    SSL_CTX_set_ciphersuites(context, "TLS_AES_256_GCM_SHA384");
+    /* Fewer system calls: the load generator must not be what is measured. */
+    SSL_CTX_set_read_ahead(context, 1);
+    SSL_CTX_set_default_read_buffer_len(context, READ_AHEAD);
+    SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+    SSL_CTX_sess_set_new_cb(context, keep_session);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* The handshake, on a socket that still blocks. */
+static void secure(struct connection *connection, int resume)
+{
+    connection->ssl = SSL_new(context);
+    SSL_set_fd(connection->ssl, connection->fd);
+    if (resume && session)
+        SSL_set_session(connection->ssl, session);
+    if (SSL_connect(connection->ssl) != 1) {
+        ERR_print_errors_fp(stderr);
+        stop(CANT_CONNECT, "TLS handshake");
+    }
+}
+
+/* Like send(2) and recv(2), errno included. */
+static ssize_t tls_result(struct connection *connection, int result)
+{
+    if (result > 0)
+        return result;
+    int error = SSL_get_error(connection->ssl, result);
+    if (error == SSL_ERROR_ZERO_RETURN)
+        return 0;
+    errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : ECONNRESET;
+    return -1;
+}
+
+static ssize_t put(struct connection *connection, const char *data, size_t length)
+{
+    ERR_clear_error();
+    return tls_result(connection, SSL_write(connection->ssl, data, (int)length));
+}
+
+static ssize_t take(struct connection *connection, char *data, size_t length, int drop_bytes)
+{
+    (void)drop_bytes;
+    ERR_clear_error();
+    return tls_result(connection, SSL_read(connection->ssl, data, (int)length));
+}
+
+/* Whether there may be more that epoll won't tell of. */
+static int more(struct connection *connection)
+{
+    return SSL_has_pending(connection->ssl);
+}
+
+#else
+
+static void prepare_tls(void) {}
+static void secure(struct connection *connection, int resume)
+{
+    (void)connection;
+    (void)resume;
+}
+
+static ssize_t put(struct connection *connection, const char *data, size_t length)
+{
+    return send(connection->fd, data, length, MSG_NOSIGNAL);
+}
+
+static ssize_t take(struct connection *connection, char *data, size_t length, int drop_bytes)
+{
+    return recv(connection->fd, data, length, drop_bytes ? MSG_TRUNC : 0);
+}
+
+static int more(struct connection *connection)
+{
+    (void)connection;
+    return 0;
+}
+
+#endif
+
+static int connect_to(int index)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -322,8 +433,14 @@ static void dial(int index)
     };
     if (connect(fd, (struct sockaddr *)&address, sizeof address))
         stop(CANT_CONNECT, "connect");
+    return fd;
+}
+
+static void dial(int index)
+{
+    int fd = connections[index].fd = connect_to(index);
+    secure(&connections[index], 0);
     fcntl(fd, F_SETFL, O_NONBLOCK);
-    connections[index].fd = fd;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = &connections[index]};
     epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
@@ -349,7 +466,7 @@ static void mark_served(struct connection *connection)
 static size_t receive(struct connection *connection, size_t wanted, int drop_bytes)
 {
     size_t length = wanted < RECEIVE_SIZE ? wanted : RECEIVE_SIZE;
-    ssize_t count = recv(connection->fd, received_bytes, length, drop_bytes ? MSG_TRUNC : 0);
+    ssize_t count = take(connection, received_bytes, length, drop_bytes);
     if (count > 0)
         return (size_t)count;
     if (count < 0 && errno == EAGAIN)
@@ -437,8 +554,7 @@ static void print_result(void)
 static void send_request(struct connection *connection)
 {
     while (connection->sent < options.size) {
-        ssize_t count = send(connection->fd, pattern + connection->sent, (size_t)(options.size - connection->sent),
-                             MSG_NOSIGNAL);
+        ssize_t count = put(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0) {
             if (errno != EAGAIN)
                 stop(CANT_SEND, "send");
@@ -461,7 +577,8 @@ static void begin_request(struct connection *connection, uint64_t time)
  * if each turn also serves all those accepted so far, opening n of them costs n * n / 2 echoes. */
 static int repeating;
 
-static void receive_echo(struct connection *connection)
+/* How many bytes. */
+static size_t receive_echo(struct connection *connection)
 {
     int drop_bytes = !options.verify && options.size > TRUNCATE_ABOVE;
     size_t count = receive(connection, (size_t)(options.size - connection->received), drop_bytes);
@@ -479,6 +596,7 @@ static void receive_echo(struct connection *connection)
         if (repeating)
             begin_request(connection, time);
     }
+    return count;
 }
 
 static void serve_echoes(int timeout)
@@ -489,8 +607,10 @@ static void serve_echoes(int timeout)
         struct connection *connection = events[i].data.ptr;
         if (events[i].events & EPOLLOUT)
             send_request(connection);
-        if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-            receive_echo(connection);
+        if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) {
+            while (receive_echo(connection) && more(connection))
+                ;
+        }
     }
 }
 
@@ -530,19 +650,23 @@ static void run_source(void)
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++) {
         dial(i);
-        if (send(connections[i].fd, "g", 1, MSG_NOSIGNAL) != 1)
+        if (put(&connections[i], "g", 1) != 1)
             stop(CANT_SEND, "send");
     }
     plan_measurement();
     while (!measure(now(), served == options.connections)) {
         int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, 50);
         for (int i = 0; i < count; i++) {
-            size_t length = receive(events[i].data.ptr, RECEIVE_SIZE, !options.verify);
-            if (length)
-                mark_served(events[i].data.ptr);
-            if (options.verify)
-                check_source(length);
-            measured.bytes += length;
+            struct connection *connection = events[i].data.ptr;
+            size_t length;
+            do {
+                length = receive(connection, RECEIVE_SIZE, !options.verify);
+                if (length)
+                    mark_served(connection);
+                if (options.verify)
+                    check_source(length);
+                measured.bytes += length;
+            } while (length && more(connection));
         }
     }
 }
@@ -551,7 +675,7 @@ static void run_source(void)
 
 static void send_chunk(struct connection *connection)
 {
-    ssize_t count = send(connection->fd, pattern, (size_t)options.size, MSG_NOSIGNAL);
+    ssize_t count = put(connection, pattern, (size_t)options.size);
     if (count > 0)
         measured.bytes += (uint64_t)count;
     else if (errno != EAGAIN)
@@ -611,8 +735,7 @@ static void run_paced_sink(void)
             connection = &connections[chunks++ % (uint64_t)options.connections];
             connection->sent = 0;
         }
-        ssize_t count = send(connection->fd, pattern + connection->sent, (size_t)(options.size - connection->sent),
-                             MSG_NOSIGNAL);
+        ssize_t count = put(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0 && errno != EAGAIN)
             stop(CANT_SEND, "send");
         if (count > 0) {
@@ -643,7 +766,7 @@ static void run_storm(void)
         while (i - served >= UNSERVED)
             collect_storm_echoes(100);
         dial(i);
-        if (send(connections[i].fd, pattern, 1, MSG_NOSIGNAL) != 1)
+        if (put(&connections[i], pattern, 1) != 1)
             stop(CANT_SEND, "send");
         if (i % DIALS_PER_POLL == 0)
             collect_storm_echoes(0);
@@ -664,6 +787,40 @@ static void run_storm(void)
     printf(", \"resident_kib_before\": %ld, \"resident_kib_after\": %ld, \"bytes_per_connection\": %.1f}\n", before_kib,
            after_kib, (double)(after_kib - before_kib) * 1024 / n);
 }
+
+#ifdef TLS
+
+/* ---- handshakes ---- */
+
+/* One connection after the other. The echoed byte comes behind the tickets, so that they are read as well. */
+static void run_handshakes(int resume)
+{
+    struct connection *connection = &connections[0];
+    uint64_t resumed = 0, all = 0;
+    plan_measurement();
+    while (!measure(now(), 1)) {
+        uint64_t begun = now();
+        connection->fd = connect_to(0);
+        secure(connection, resume);
+        if (put(connection, "h", 1) != 1 || take(connection, received_bytes, 1, 0) != 1 || received_bytes[0] != 'h')
+            stop(CONNECTION_LOST, "one byte behind the handshake");
+        all++;
+        resumed += (uint64_t)SSL_session_reused(connection->ssl);
+        /* Else OpenSSL takes the session for a broken one. */
+        SSL_set_shutdown(connection->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN);
+        SSL_free(connection->ssl);
+        close(connection->fd);
+        histogram[step_of(now() - begun)]++;
+        measured.requests++;
+    }
+    if (resumed != (resume ? all - 1 : 0)) {
+        fprintf(stderr, "%llu of %llu handshakes resumed a session\n", (unsigned long long)resumed,
+                (unsigned long long)all);
+        exit(WRONG_BYTES);
+    }
+}
+
+#else
 
 /* ---- datagrams ---- */
 
@@ -757,6 +914,8 @@ static void run_datagram_sink(void)
     measured.lost = sent > measured.requests ? sent - measured.requests : 0;
 }
 
+#endif
+
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
@@ -764,6 +923,7 @@ int main(int argc, char **argv)
     raise_descriptor_limit();
     fill_buffers();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    prepare_tls();
 
     if (!strcmp(options.mode, "storm")) {
         run_storm();
@@ -773,10 +933,15 @@ int main(int argc, char **argv)
         run_echo();
     else if (!strcmp(options.mode, "source"))
         run_source();
+#ifdef TLS
+    else if (!strcmp(options.mode, "handshake") || !strcmp(options.mode, "resume"))
+        run_handshakes(!strcmp(options.mode, "resume"));
+#else
     else if (!strcmp(options.mode, "datagram-echo"))
         run_datagram_echo();
     else if (!strcmp(options.mode, "datagram-sink"))
         run_datagram_sink();
+#endif
     else if (!strcmp(options.mode, "sink") && options.rate > 0)
         run_paced_sink();
     else if (!strcmp(options.mode, "sink"))

@@ -9,6 +9,8 @@ Names: ``headrace-<engine>-<kind>`` with engine uring or epoll and kind lease, b
 ``asyncio``, ``uvloop`` and ``rloop``, each also with ``-buffered`` and ``-streams``; ``twisted``;
 ``c-uring``, the best plain C io_uring server found; ``c-epoll``; ``c-uring:option=value:...`` for its
 ablations.
+
+Under TLS besides: ``aiofastnet`` (on asyncio) and ``aiofastnet-uvloop``, and ``c-tls``, plain C over OpenSSL.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ class Peer:
     needs: str | None = None  # a Python module; without it the peer is left out, and the report says so
     environment: dict[str, str] = field(default_factory=dict)
 
-    def arguments(self, mode: str, port: int = 0) -> list[str]:
-        """The command line that serves ``mode`` (echo, sink or source) on ``port``."""
-        return [*self.command, str(port), mode, *self.options]
+    def arguments(self, mode: str, port: int = 0, certificate: Path | None = None) -> list[str]:
+        """The command line that serves ``mode`` (echo, sink or source) on ``port``; with a certificate, over TLS."""
+        tls = () if certificate is None else ("--tls", str(certificate))
+        return [*self.command, str(port), mode, *self.options, *tls]
 
     def missing(self) -> str | None:
         """Why this peer can't run here, or None."""
@@ -64,6 +67,10 @@ def find_peer(name: str) -> Peer:
         return Peer(name, (str(build.program("uring_echo")),), (*C_URING_OPTIONS, *options))
     if name == "c-epoll":
         return Peer(name, (str(build.program("epoll_echo")),))
+    if name == "c-tls":
+        return Peer(name, (str(build.program("tls_echo")),))
+    if name in ("aiofastnet", "aiofastnet-uvloop"):
+        return python_peer(name, name, "bytes", "aiofastnet")
     if name == "twisted":
         return Peer(name, (sys.executable, str(HERE / "twisted_server.py")), needs="twisted")
     first, _, rest = name.partition("-")

@@ -1,8 +1,8 @@
 """One server on one asyncio-compatible loop, for the load generator.
 
-usage: loop_server.py LOOP KIND PORT MODE
+usage: loop_server.py LOOP KIND PORT MODE [--tls PEM]
 
-LOOP: asyncio, uvloop, rloop or headrace (on the engine that HEADRACE_ENGINE names)
+LOOP: asyncio, uvloop, rloop, aiofastnet, aiofastnet-uvloop or headrace (on the engine that HEADRACE_ENGINE names)
 KIND: bytes (asyncio.Protocol), buffered (asyncio.BufferedProtocol), streams (asyncio streams) or, on
       headrace, lease (headrace.Protocol)
 MODE: echo, sink (receive and forget) or source (send without end after the first byte); on UDP, with bytes,
@@ -17,6 +17,7 @@ import asyncio
 import importlib
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -199,7 +200,27 @@ def stream_handler(mode: str) -> Callable[[asyncio.StreamReader, asyncio.StreamW
     return handle
 
 
+def security(pem: str | None, kind: str) -> dict[str, Any]:
+    """What create_server is told: asyncio's ``ssl=``, and for headrace.Protocol headrace's own."""
+    if pem is None:
+        return {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(pem)
+    if kind != "lease":
+        return {"ssl": context}
+    from headrace import TLS
+
+    return {"security": TLS(context=context, truncation="eof")}
+
+
 def new_loop(name: str) -> asyncio.AbstractEventLoop:
+    if name.startswith("aiofastnet"):
+        import aiofastnet
+
+        below = [importlib.import_module("uvloop").new_event_loop] if name.endswith("uvloop") else []
+        made: asyncio.AbstractEventLoop = aiofastnet.loop_factory(*below)()
+        return made
     module = importlib.import_module(name)
     loop: asyncio.AbstractEventLoop = module.new_event_loop()
     return loop
@@ -221,7 +242,7 @@ async def serve_datagrams(name: str, port: int, mode: str) -> None:
     await asyncio.Event().wait()
 
 
-async def main(name: str, kind: str, port: int, mode: str) -> None:
+async def main(name: str, kind: str, port: int, mode: str, pem: str | None) -> None:
     if mode in DATAGRAMS:
         await serve_datagrams(name, port, mode)
         return
@@ -230,12 +251,13 @@ async def main(name: str, kind: str, port: int, mode: str) -> None:
     listener.bind(("0.0.0.0", port))
     listener.setblocking(False)
     bound_port = listener.getsockname()[1]  # asked now: rloop takes the descriptor out of the socket
-    loop = asyncio.get_running_loop()
+    loop: Any = asyncio.get_running_loop()
+    options = {"sock": listener, "backlog": BACKLOG, **security(pem, kind)}
     server: asyncio.AbstractServer
     if kind == "streams":
-        server = await asyncio.start_server(stream_handler(mode), sock=listener, backlog=BACKLOG)
+        server = await asyncio.start_server(stream_handler(mode), **options)
     else:
-        server = await loop.create_server(PROTOCOLS[kind, mode], sock=listener, backlog=BACKLOG)
+        server = await loop.create_server(PROTOCOLS[kind, mode], **options)
     if name == "headrace":
         check_engine(loop)
     async with server:
@@ -244,8 +266,9 @@ async def main(name: str, kind: str, port: int, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    loop_name, kind_name, port_text, mode_name = sys.argv[1:]
+    loop_name, kind_name, port_text, mode_name = sys.argv[1:5]
+    certificate = sys.argv[6] if len(sys.argv) > 5 else None
     if loop_name == "headrace":
         add_lease_protocols()
     with asyncio.Runner(loop_factory=lambda: new_loop(loop_name)) as runner:
-        runner.run(main(loop_name, kind_name, int(port_text), mode_name))
+        runner.run(main(loop_name, kind_name, int(port_text), mode_name, certificate))

@@ -1,6 +1,6 @@
 """The Twisted server: its epoll reactor, default settings, the same work as ``loop_server.py``.
 
-usage: twisted_server.py PORT echo|sink|source
+usage: twisted_server.py PORT echo|sink|source [--tls PEM]
 """
 
 # ruff: noqa: N802 (the names are Twisted's)
@@ -50,13 +50,20 @@ class Source(Server):
         """The connection is gone: nothing to stop."""
 
 
-def main(port: int, mode: str) -> None:
+def main(port: int, mode: str, pem: str | None) -> None:
     tcp: Any = reactor  # a module to the eye, the reactor in truth
     factory = protocol.Factory.forProtocol({"echo": Echo, "sink": Sink, "source": Source}[mode])
-    listening = tcp.listenTCP(port, factory, backlog=BACKLOG)
+    if pem is None:
+        listening = tcp.listenTCP(port, factory, backlog=BACKLOG)
+    else:
+        from OpenSSL import SSL
+        from twisted.internet import ssl
+
+        contexts = ssl.DefaultOpenSSLContextFactory(pem, pem, sslmethod=SSL.TLS_METHOD)  # type: ignore[no-untyped-call]
+        listening = tcp.listenSSL(port, factory, contexts, backlog=BACKLOG)
     tcp.callWhenRunning(lambda: print("READY", listening.getHost().port, flush=True))
     tcp.run()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[4] if len(sys.argv) > 3 else None)

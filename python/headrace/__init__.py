@@ -5,20 +5,43 @@ from __future__ import annotations
 from headrace import files
 from headrace._pool import BufferPool, Lease
 from headrace._stream import StreamTransport
-from headrace.errors import EngineError, EngineUnavailable, HeadraceError, StalledError
+from headrace.errors import (
+    AccessDenied,
+    CertificateError,
+    EngineError,
+    EngineUnavailable,
+    FramingError,
+    HandshakeError,
+    HeadraceError,
+    SecurityError,
+    StalledError,
+    TruncatedError,
+)
 from headrace.loop import EventLoop, new_event_loop, run
 from headrace.protocol import Protocol
+from headrace.security import TLS, AccessList, Certificate, Identity, SecurityInfo
 
 __all__ = [
+    "TLS",
+    "AccessDenied",
+    "AccessList",
     "BufferPool",
+    "Certificate",
+    "CertificateError",
     "EngineError",
     "EngineUnavailable",
     "EventLoop",
+    "FramingError",
+    "HandshakeError",
     "HeadraceError",
+    "Identity",
     "Lease",
     "Protocol",
+    "SecurityError",
+    "SecurityInfo",
     "StalledError",
     "StreamTransport",
+    "TruncatedError",
     "__version__",
     "files",
     "new_event_loop",

@@ -5,7 +5,7 @@ from headrace._loop cimport LoopCore
 cdef class Listener(Endpoint):
     cdef LoopCore loop
     cdef Operation accept
-    cdef object factory, sock, sslcontext, server, context, tls_timeouts
+    cdef object factory, sock, server, context
     cdef int family, type, proto
     cdef int backlog
     cdef double retry_delay      # seconds; grows while descriptors are short
@@ -17,4 +17,3 @@ cdef class Listener(Endpoint):
     cdef int connection(self, int fd) except -1
     cdef int connection_watched(self, int fd) except -1
     cdef int refused(self, int error) except -1
-    cdef int secure_connection(self, int fd) except -1

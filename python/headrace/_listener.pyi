@@ -1,5 +1,4 @@
 import socket
-import ssl
 from asyncio import BaseProtocol, Server
 from collections.abc import Callable
 from typing import final
@@ -14,9 +13,7 @@ class Listener(Endpoint):
         loop: LoopCore,
         protocol_factory: Callable[[], BaseProtocol],
         sock: socket.socket,
-        sslcontext: ssl.SSLContext | None,
         server: Server | None,
-        tls_timeouts: tuple[float | None, float | None],
     ) -> None: ...
     def _retry(self) -> None: ...
     def stop(self) -> None: ...

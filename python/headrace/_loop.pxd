@@ -22,6 +22,7 @@ cdef class LoopCore:
     cdef SelectorWatch watch
     cdef list dirty                    # endpoints to flush at the end of this turn
     cdef Py_ssize_t dirty_bytes        # queued by them since the last flush
+    cdef list turn_end                 # what layers above transports want called before that
     cdef list accept_starved           # listeners that wait for a descriptor
     cdef PyObject **transports         # by descriptor; borrowed
     cdef int transports_size
@@ -38,6 +39,7 @@ cdef class LoopCore:
     # Flushes what is marked, and starts it.
     cdef int flush_now(self) except -1
     cdef int flush_marked(self) except -1
+    cdef int call_turn_end(self) except -1
     cdef int remember(self, int fd, Endpoint transport) except -1
     # The descriptor was closed, or will be.
     cdef int forget(self, int fd) except -1

@@ -57,7 +57,7 @@ cdef class BufferPool:
     # The same bytes in memory of their own. The caller keeps its reference to the block, if any.
     cdef Lease copy(self, const char *data, Py_ssize_t size)
     # A lease on a bytes object's memory. Nobody writes to it any more.
-    cdef Lease adopt(self, bytes heap)
+    cpdef Lease adopt(self, bytes heap)
     # Returns idle memory beyond `target` blocks to the system; called when a loop goes idle.
     cdef void trim(self) noexcept
 

@@ -7,7 +7,18 @@ for bad arguments) stays that as well.
 
 from __future__ import annotations
 
-__all__ = ["EngineError", "EngineUnavailable", "HeadraceError", "StalledError"]
+__all__ = [
+    "AccessDenied",
+    "CertificateError",
+    "EngineError",
+    "EngineUnavailable",
+    "FramingError",
+    "HandshakeError",
+    "HeadraceError",
+    "SecurityError",
+    "StalledError",
+    "TruncatedError",
+]
 
 
 class HeadraceError(Exception):
@@ -24,3 +35,27 @@ class EngineUnavailable(EngineError):  # noqa: N818  # a state of the machine, n
 
 class StalledError(HeadraceError, ConnectionError):
     """A connection was given up because its peer accepted no byte for too long while data was queued."""
+
+
+class SecurityError(HeadraceError, ConnectionError):
+    """The base of what ends a secured connection; what OpenSSL finds stays ``ssl.SSLError``."""
+
+
+class HandshakeError(SecurityError):
+    """A handshake didn't come to its end: it took too long, gave way to others, or the peer lacks what is demanded."""
+
+
+class AccessDenied(HandshakeError):  # noqa: N818  # the field's own name for it
+    """The peer is who it says, and the access list doesn't let it in."""
+
+
+class FramingError(SecurityError):
+    """The peer sent what no peer sends, or more than the limits allow; the text says which."""
+
+
+class TruncatedError(SecurityError):
+    """The stream ended without the end that the framing has for it: what was received may not be all."""
+
+
+class CertificateError(HeadraceError, ValueError):
+    """Certificates or keys that can't be used; the text says which file, and why."""

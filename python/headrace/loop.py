@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio.sslproto
 import logging
 import os
 import signal
@@ -22,7 +21,7 @@ from headrace._pool import BufferPool
 from headrace._stream import StreamTransport
 from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
-from headrace.protocol import Protocol
+from headrace.security.tls import TLS, asyncio_layer
 from headrace.sockets import SocketOperations
 from headrace.stats import LoopStats
 from headrace.subprocesses import ChildProcesses, can_wait_on_pidfd, program_has_child_watcher
@@ -40,6 +39,8 @@ T = TypeVar("T")
 DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 ENGINES = ("uring", "epoll")
+
+ASYNCIO_TLS = ("ssl", "ssl_handshake_timeout", "ssl_shutdown_timeout")
 
 
 class LoopOptions(TypedDict, total=False):
@@ -293,35 +294,136 @@ class EventLoop(SocketOperations):
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
     ) -> asyncio.Transport:
-        """asyncio's TLS, over our transport."""
-        if isinstance(protocol, Protocol):
-            error = starttls.leases_refused(protocol, "ssl=")
-            # Said here as well: for an accepted connection, asyncio would say it in debug mode only.
-            self.call_exception_handler(
-                {"message": "TLS can't be served", "exception": error, "protocol": protocol}
-            )
-            rawsock.close()  # asyncio doesn't expect this to fail
-            raise error
+        """TLS over our transport, as asyncio has it."""
         self._ensure_fd_no_transport(rawsock)
-        tls = asyncio.sslproto.SSLProtocol(
+        layer = asyncio_layer(
             self,
             protocol,
             sslcontext,
-            waiter,  # type: ignore[arg-type]  # may be None, and a float below: typeshed errs
-            server_side,
-            server_hostname,
-            ssl_handshake_timeout=ssl_handshake_timeout,  # type: ignore[arg-type]
+            waiter,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
         self._need_engine()
-        StreamTransport(self, rawsock, tls, None, extra, server)
-        return tls._app_transport
+        StreamTransport(self, rawsock, layer, None, extra, server)
+        return layer
+
+    async def create_server(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        *args: Any,
+        security: TLS | None = None,
+        **options: Any,
+    ) -> asyncio.Server:
+        """See :meth:`asyncio.loop.create_server`; with ``security=headrace.TLS(...)`` its connections are secured.
+
+        The protocol hears of a connection when its handshake is done and the peer is let in.
+        """
+        factory = self._secured(protocol_factory, security, options)
+        return await super().create_server(factory, *args, **options)
+
+    async def create_unix_server(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        *args: Any,
+        security: TLS | None = None,
+        **options: Any,
+    ) -> asyncio.Server:
+        """See :meth:`asyncio.loop.create_unix_server` and ``create_server``."""
+        factory = self._secured(protocol_factory, security, options)
+        return await super().create_unix_server(factory, *args, **options)
+
+    def _secured(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        security: TLS | None,
+        options: dict[str, Any],
+    ) -> Callable[[], asyncio.BaseProtocol]:
+        if security is None:
+            return protocol_factory
+        refuse_both(options)
+        security.server_contexts()  # files that can't be used are an error now, not at the first connection
+        return lambda: security.server_layer(self, protocol_factory())
+
+    async def create_connection(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        host: Any = None,
+        port: Any = None,
+        *,
+        security: TLS | None = None,
+        server_hostname: str | None = None,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        """See :meth:`asyncio.loop.create_connection`; with ``security=headrace.TLS(...)`` the connection is secured.
+
+        ``server_hostname`` is what the server's certificate must be for; by default ``host``.
+        """
+        if security is None:
+            return await super().create_connection(
+                protocol_factory, host, port, server_hostname=server_hostname, **options
+            )
+        refuse_both(options)
+        name = host if server_hostname is None else server_hostname
+        return await self._secure_connection(
+            lambda factory: super(EventLoop, self).create_connection(factory, host, port, **options),
+            protocol_factory,
+            security,
+            name,
+        )
+
+    async def create_unix_connection(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        path: Any = None,
+        *,
+        security: TLS | None = None,
+        server_hostname: str | None = None,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        """See :meth:`asyncio.loop.create_unix_connection` and ``create_connection``."""
+        if security is None:
+            return await super().create_unix_connection(
+                protocol_factory, path, server_hostname=server_hostname, **options
+            )
+        refuse_both(options)
+        return await self._secure_connection(
+            lambda factory: super(EventLoop, self).create_unix_connection(factory, path, **options),
+            protocol_factory,
+            security,
+            server_hostname,
+        )
+
+    async def _secure_connection(
+        self,
+        connect: Callable[[Callable[[], asyncio.BaseProtocol]], Coroutine[Any, Any, tuple[Any, Any]]],
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        security: TLS,
+        server_hostname: str | None,
+    ) -> tuple[Any, Any]:
+        if server_hostname is None:
+            raise ValueError(
+                "tell what the server's certificate is to be for: server_hostname= is needed without a host"
+            )
+        security.client_context()
+        waiter = self.create_future()
+        protocol = protocol_factory()
+        layer = security.client_layer(self, protocol, server_hostname, waiter=waiter)
+        try:
+            await connect(lambda: layer)
+            await waiter
+        except BaseException:
+            layer.abort()
+            raise
+        return layer, protocol
 
     async def start_tls(
         self,
         transport: asyncio.BaseTransport,
         protocol: asyncio.BaseProtocol,
-        sslcontext: ssl.SSLContext,
+        sslcontext: ssl.SSLContext | TLS,
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
@@ -336,7 +438,7 @@ class EventLoop(SocketOperations):
         Raises
         ------
         TypeError
-            For what isn't an ``SSLContext``, a transport that can't be upgraded, or a :class:`headrace.Protocol`.
+            For what is neither an ``SSLContext`` nor a :class:`headrace.TLS`, and a transport that can't be upgraded.
         ConnectionResetError
             If the transport is closing already, or the peer leaves.
         ssl.SSLError
@@ -368,9 +470,20 @@ class EventLoop(SocketOperations):
         ssl_shutdown_timeout: float | None = None,
     ) -> None:
         self._need_engine()
-        self._listeners[sock] = Listener(
-            self, protocol_factory, sock, sslcontext, server, (ssl_handshake_timeout, ssl_shutdown_timeout)
-        )
+        factory = protocol_factory
+        if sslcontext is not None:
+
+            def factory() -> asyncio.BaseProtocol:
+                return asyncio_layer(
+                    self,
+                    protocol_factory(),
+                    sslcontext,
+                    server_side=True,
+                    ssl_handshake_timeout=ssl_handshake_timeout,
+                    ssl_shutdown_timeout=ssl_shutdown_timeout,
+                )
+
+        self._listeners[sock] = Listener(self, factory, sock, server)
 
     def _stop_serving(self, sock: socket.socket) -> None:
         listener = self._listeners.pop(sock, None)
@@ -410,6 +523,15 @@ class EventLoop(SocketOperations):
             raise
         finally:
             transp._take_back_descriptor()
+
+
+def refuse_both(options: dict[str, Any]) -> None:
+    """asyncio's TLS arguments mean nothing beside ``security=``; dropping them silently would mean less security."""
+    given = [name for name in ASYNCIO_TLS if options.get(name) is not None]
+    if given:
+        raise ValueError(
+            f"security= doesn't go together with {', '.join(given)}: give headrace.TLS what is meant"
+        )
 
 
 _loops: weakref.WeakSet[EventLoop] = weakref.WeakSet()

@@ -11,42 +11,28 @@ go where they belong, and fail the handshake.
 from __future__ import annotations
 
 import asyncio
-import asyncio.protocols
-import asyncio.sslproto
 import ssl
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from headrace.protocol import Protocol
+from headrace.security.tls import TLS, TLSLayer, asyncio_layer
 
-__all__ = ["leases_refused", "start_tls"]
+if TYPE_CHECKING:
+    from headrace.loop import EventLoop
 
-
-def leases_refused(protocol: Protocol, asked_by: str) -> TypeError:
-    return TypeError(
-        f"{asked_by} serves asyncio.Protocol and asyncio.BufferedProtocol: asyncio's TLS brings no leases, as "
-        f"headrace.Protocol ({type(protocol).__qualname__}) needs them"
-    )
+__all__ = ["start_tls"]
 
 
 async def start_tls(
-    loop: asyncio.AbstractEventLoop,
+    loop: EventLoop,
     transport: Any,
     protocol: asyncio.BaseProtocol,
-    context: ssl.SSLContext,
+    context: ssl.SSLContext | TLS,
     **options: Any,
-) -> asyncio.Transport:
-    """See ``EventLoop.start_tls``; the options are those of asyncio's ``SSLProtocol``."""
-    check(transport, protocol, context)
+) -> TLSLayer:
+    """See ``EventLoop.start_tls``; the options are those of ``asyncio_layer``."""
+    check(transport, context)
     handshake = loop.create_future()
-    tls = asyncio.sslproto.SSLProtocol(
-        loop,
-        protocol,
-        context,
-        handshake,
-        call_connection_made=False,
-        **options,
-    )
-    upgraded = tls._app_transport
+    tls = make_layer(loop, protocol, context, handshake, **options)
     reader: Any = getattr(protocol, "_stream_reader", None)  # of an asyncio.StreamReaderProtocol
     ahead, ended = b"", False
     if isinstance(reader, asyncio.StreamReader):
@@ -54,7 +40,7 @@ async def start_tls(
         # What it pauses when it's full must be the TLS side (cpython#114921), and from its first byte on: the raw
         # transport, paused by then, would never be resumed. (It may have none yet: the protocol learns of TLS first.)
         if reader._transport is transport:  # type: ignore[attr-defined]
-            reader._transport = upgraded  # type: ignore[attr-defined]
+            reader._transport = tls  # type: ignore[attr-defined]
     # The TLS layer must hear of its connection before any byte of it.
     transport.pause_reading()
     transport.set_protocol(tls)
@@ -70,16 +56,43 @@ async def start_tls(
         for step in steps:
             step.cancel()
         raise
-    return upgraded
+    return tls
 
 
-def check(transport: Any, protocol: asyncio.BaseProtocol, context: ssl.SSLContext) -> None:
-    if not isinstance(context, ssl.SSLContext):
+def make_layer(
+    loop: EventLoop,
+    protocol: asyncio.BaseProtocol,
+    context: ssl.SSLContext | TLS,
+    handshake: asyncio.Future[None],
+    *,
+    server_side: bool,
+    server_hostname: str | None,
+    ssl_handshake_timeout: float | None,
+    ssl_shutdown_timeout: float | None,
+) -> TLSLayer:
+    if isinstance(context, ssl.SSLContext):
+        return asyncio_layer(
+            loop,
+            protocol,
+            context,
+            handshake,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+            connected=True,
+        )
+    limits = {"handshake_timeout": ssl_handshake_timeout, "shutdown_timeout": ssl_shutdown_timeout}
+    if server_side:
+        return context.server_layer(loop, protocol, waiter=handshake, connected=True, **limits)
+    return context.client_layer(loop, protocol, server_hostname, waiter=handshake, connected=True, **limits)
+
+
+def check(transport: Any, context: object) -> None:
+    if not isinstance(context, (ssl.SSLContext, TLS)):
         raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
     if not getattr(transport, "_start_tls_compatible", False):
         raise TypeError(f"transport {transport!r} is not supported by start_tls()")
-    if isinstance(protocol, Protocol):
-        raise leases_refused(protocol, "start_tls()")
     if transport.is_closing():
         raise ConnectionResetError("start_tls() on a transport that is closing or closed")
 
@@ -93,7 +106,8 @@ def take_read_ahead(reader: Any) -> tuple[bytes, bool]:
     return ahead, ended
 
 
-def hand_over(tls: asyncio.sslproto.SSLProtocol, ahead: bytes, ended: bool) -> None:
-    asyncio.protocols._feed_data_to_buffered_proto(tls, ahead)  # type: ignore[attr-defined]
+def hand_over(tls: TLSLayer, ahead: bytes, ended: bool) -> None:
+    if ahead:
+        tls.data_received(ahead)
     if ended:
         tls.eof_received()

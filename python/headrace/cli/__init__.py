@@ -1,8 +1,9 @@
 """The ``headrace`` command.
 
-``headrace demo`` runs a server and 1,000 connections on this machine and shows what they do. Each subcommand
-is a module or package of its own with ``register(subparsers)``; what it needs beyond the base install is
-imported when it runs, so that ``--help`` always works.
+``headrace demo`` runs a server and 1,000 connections on this machine and shows what they do, ``headrace cert``
+makes certificates for development. Each subcommand is a module or package of its own with
+``register(subparsers)``; what it needs beyond the base install is imported when it runs, so that ``--help``
+always works.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    from headrace.cli import demo
+    from headrace.cli import cert, demo
 
     parser = argparse.ArgumentParser(
         prog="headrace", description="Completion-based networking for Python: see it work on this machine."
@@ -26,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.register(subparsers)
+    cert.register(subparsers)
     return parser
 
 

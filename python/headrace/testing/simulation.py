@@ -157,7 +157,8 @@ class SimulatedLoop(EventLoop):
         """Connects to the virtual address ``(host, port)``; ConnectionRefusedError if nobody listens there."""
         if sock is None:
             sock = VirtualSocket(self.simulated, self.simulated.connect((host, port)))
-            if ssl is not None and server_hostname is None:
+            secured = ssl is not None or options.get("security") is not None
+            if secured and server_hostname is None:
                 server_hostname = host
         return await super().create_connection(
             protocol_factory, sock=sock, ssl=ssl, server_hostname=server_hostname, **options

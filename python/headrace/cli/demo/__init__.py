@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Coroutine
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any, TypeVar
 
 from headrace import __version__
+from headrace.cli.cert import write_certificates
 from headrace.cli.demo.chart import draw_chart
 from headrace.cli.demo.child import ChildOptions
 from headrace.cli.demo.limits import LimitError, ensure_descriptors
@@ -87,15 +91,29 @@ async def _main(options: DemoOptions) -> RunResult:
     # Ctrl-C cancels the main task already; an ordinary kill shall end the children in order as well.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
     children: list[Child] = []
-    with choose_view(options) as view:
+    with choose_view(options) as view, _certificates(options) as certificates:
         view.say(f"headrace {__version__} demo: {describe(options)}")
         try:
-            return await _run_with_children(options, view, children)
+            return await _run_with_children(options, _child_options(options, certificates), view, children)
         finally:
             await asyncio.gather(*(child.stop() for child in children))
 
 
-def _child_options(options: DemoOptions) -> ChildOptions:
+@contextlib.contextmanager
+def _certificates(options: DemoOptions) -> Iterator[str | None]:
+    """The folder of the certificates that this run uses, if it does."""
+    if options.security == "none":
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
+        try:
+            write_certificates(Path(folder), ["localhost", "127.0.0.1"])
+        except ImportError:
+            raise ChildError("--security tls needs trustme: pip install 'headrace[demo]'") from None
+        yield folder
+
+
+def _child_options(options: DemoOptions, certificates: str | None) -> ChildOptions:
     life_time = _START_TIMEOUT + _CONNECT_TIMEOUT + options.seconds + 2 * _END_TIMEOUT
     return ChildOptions(
         engine=options.engine,
@@ -106,6 +124,7 @@ def _child_options(options: DemoOptions) -> ChildOptions:
         seconds=options.seconds,
         rate=options.rate,
         life_time=life_time,
+        certificates=certificates,
     )
 
 
@@ -126,7 +145,9 @@ async def _unless_dead(children: list[Child], work: Coroutine[Any, Any, T]) -> T
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run_with_children(options: DemoOptions, view: View, children: list[Child]) -> RunResult:
+async def _run_with_children(
+    options: DemoOptions, child_options: ChildOptions, view: View, children: list[Child]
+) -> RunResult:
     """Starts the children, which are added to ``children`` at once, and runs the demo with them."""
     sample_sinks: dict[str, Recorder] = {}
 
@@ -140,7 +161,6 @@ async def _run_with_children(options: DemoOptions, view: View, children: list[Ch
         if options.mode == "echo" and (recorder := sample_sinks.get("load")):
             recorder.traffic_sample(sample)
 
-    child_options = _child_options(options)
     server = await Child.start("server", child_options, on_server_sample)
     children.append(server)
     ready = await server.expect("ready", _START_TIMEOUT)

@@ -42,6 +42,7 @@ class ChildOptions:
     life_time: float
     host: str = "127.0.0.1"
     port: int = 0
+    certificates: str | None = None  # the folder of `headrace cert`'s files: TLS
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

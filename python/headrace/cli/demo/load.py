@@ -14,10 +14,12 @@ import math
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic_ns
 from typing import cast
 
 import headrace
+from headrace.cli.cert import Files
 from headrace.cli.demo.child import Channel, ChildOptions, Sampler, engine_fields, run_child
 from headrace.cli.demo.histogram import LatencyHistogram
 from headrace.cli.demo.traffic import (
@@ -228,12 +230,18 @@ async def connect(load: Load) -> None:
     options = load.options
     limit = asyncio.Semaphore(_CONNECTING)
 
+    security = None
+    if options.certificates is not None:
+        security = headrace.TLS(ca=Files(Path(options.certificates)).ca)
+
     async def connect_one(number: int) -> None:
         connection = PROTOCOLS[options.protocol](load, number)
         async with limit:
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT):
-                    await load.loop.create_connection(lambda: connection, options.host, options.port)
+                    await load.loop.create_connection(
+                        lambda: connection, options.host, options.port, security=security
+                    )
             except OSError as error:  # TimeoutError is one
                 text = str(error) or f"no answer in {_CONNECT_TIMEOUT:g} s"
                 load.fail(f"connection {number} couldn't be made: {text}")

@@ -20,8 +20,8 @@ T = TypeVar("T")
 _MOST_CONNECTIONS = 25_000
 _LARGEST_MESSAGE = 64 * 1024 * 1024
 _LONGEST_RUN = 24 * 3600.0
-SECURITY = ("none",)
-PLANNED_SECURITY = ("tls", "kerberos", "ntlm")
+SECURITY = ("none", "tls")
+PLANNED_SECURITY = ("kerberos", "ntlm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--security",
         type=_option(_security),
         default="none",
-        metavar="none",
-        help="only none in this version",
+        metavar="none|tls",
+        help="plain TCP, or TLS with certificates made for the run (default: none)",
     )
     add(
         "--json",

@@ -46,6 +46,8 @@ class View(Protocol):
 def describe(options: DemoOptions) -> str:
     """What will be run, in one line."""
     mode = "one-way into the server" if options.mode == "oneway" else "echo"
+    if options.security != "none":
+        mode = f"{options.security.upper()}, {mode}"
     rate = "unpaced" if options.rate is None else f"{format_rate(options.rate)} in total"
     return (
         f"{options.connections:,} connections, {mode}, {rate}, "
