@@ -25,6 +25,7 @@ __all__ = [
     "Judgement",
     "estimate",
     "judge",
+    "limit_peer",
     "verdict_at_least",
     "verdict_at_most",
 ]
@@ -32,7 +33,6 @@ __all__ = [
 ROUNDS_FOR_VERDICT = 15
 RESAMPLES = 2000
 INTERVAL = 0.90
-LIMIT_PEER = "c-uring"
 
 REACHED, NOT_REACHED, INCONCLUSIVE = "reached", "not reached", "inconclusive"
 
@@ -99,6 +99,11 @@ class Judgement:
         return f"must {self.must_verdict}{goal}"
 
 
+def limit_peer(row: Row) -> str:
+    """The plain C server that shows what is possible at all."""
+    return "c-openssl" if row.tls else "c-uring"
+
+
 @cache
 def targets() -> dict[str, list[dict[str, Any]]]:
     """The table, as it stands in ``targets.toml``."""
@@ -148,11 +153,12 @@ def judge_ratio(result: Result, peer: str, target: dict[str, Any]) -> Iterator[J
         must, verdict_at_least(measured, must),
         goal, verdict_at_least(measured, goal) if goal is not None else None,
     )  # fmt: skip
-    share = estimate(result.ratios(peer, LIMIT_PEER)) if "limit" in target else None
+    limit = limit_peer(result.row)
+    share = estimate(result.ratios(peer, limit)) if "limit" in target else None
     if share:
         bound = target["limit"]
         verdict = verdict_at_least(share, bound)
-        yield Judgement(target["case"], peer, f"{LIMIT_PEER} / this", share, bound, verdict)
+        yield Judgement(target["case"], peer, f"{limit} / this", share, bound, verdict)
 
 
 def judge_figure(result: Result, peer: str, target: dict[str, Any]) -> Iterator[Judgement]:

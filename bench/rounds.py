@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.native.build import program
-from bench.peers import Peer, find_peer
+from bench.peers import TLS, Peer, find_peer
 
 __all__ = ["Placement", "Result", "Row", "ServerError", "Settings", "run_row"]
 
@@ -37,13 +37,18 @@ METRICS = {
     "sink": "cpu_seconds_per_gigabyte",
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
+    "handshake": "cpu_us_per_request",
+    "resume": "cpu_us_per_request",
+    "idle": "bytes_per_connection",
     "datagram-echo": "cpu_us_per_request",
     "datagram-sink": "cpu_us_per_request",
     "micro": "cpu_us_per_event",
     "web": "cpu_us_per_request",
     "client": "cpu_us_per_request",
 }
-LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
+TLS_LOADS = tuple(TLS + load for load in ("echo", "sink", "source", "handshake", "resume", "idle"))
+LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink", *TLS_LOADS)
+SIZED = ("echo", "sink", "datagram-echo", "datagram-sink")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -56,8 +61,9 @@ class ServerError(RuntimeError):
 class Row:
     """One line of a table: what the load generator does, or work inside this process (mode "micro").
 
-    In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the
-    application.
+    A mode that begins with "tls-" is one over TLS; three exist only there: full handshakes, resumed ones, and the
+    memory of idle connections. In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the
+    load; the label names the application.
     """
 
     mode: str
@@ -83,31 +89,41 @@ class Row:
     def __str__(self) -> str:
         if self.label:
             return f"{self.label} -n {self.connections}" if self.mode in ("web", "client") else self.label
-        if self.mode == "storm":
-            return f"storm -n {self.connections}"
-        if self.mode == "source":
-            return f"source -n {self.connections}"
+        if self.kind not in SIZED:
+            return f"{self.mode} -n {self.connections}"
         rate = f" -r {self.rate:g}" if self.rate else ""
         return f"{self.mode} -n {self.connections} -s {self.size}{rate}"
 
     @property
+    def tls(self) -> bool:
+        return self.mode.startswith(TLS)
+
+    @property
+    def kind(self) -> str:
+        """The mode, whether over TLS or not."""
+        return self.mode.removeprefix(TLS)
+
+    @property
     def metric(self) -> str:
         """The key of a measurement that says what the server's work cost; less is better."""
-        return "server_cpu_percent_of_core" if self.rate else METRICS[self.mode]
+        return "server_cpu_percent_of_core" if self.rate else METRICS[self.kind]
 
     @property
     def server_mode(self) -> str:
-        return "echo" if self.mode == "storm" else self.mode
+        kind = "echo" if self.kind in ("storm", "handshake", "resume", "idle") else self.kind
+        return TLS + kind if self.tls else kind
 
     @property
     def needs_new_servers(self) -> bool:
         """A storm measures growth of memory: every round wants a server that hasn't grown yet. And where a
         server still closes thousands of connections when the next round's come, it runs out of descriptors.
         """
-        return self.mode == "storm" or self.connections > MANY_CONNECTIONS
+        return self.kind in ("storm", "idle") or self.connections > MANY_CONNECTIONS
 
     def arguments(self) -> list[str]:
-        words = [self.mode, "-n", str(self.connections), "-s", str(self.size)]
+        """The words for the load generator."""
+        load = "storm" if self.kind == "idle" else self.kind
+        words = [load, "-n", str(self.connections), "-s", str(self.size)]
         return [*words, "-r", str(self.rate)] if self.rate else words
 
 
@@ -183,6 +199,13 @@ class Server:
         self.log.seek(0)
         return self.log.read().decode(errors="replace").strip()[-2000:]
 
+    def complaint(self) -> str | None:
+        """What's wrong with it after a run that could be measured: it has ended, or reported an error."""
+        status = self.process.poll()
+        if status is not None:
+            return f"it ended with status {status}. {self.said()}"
+        return f"it wrote: {said}" if (said := self.said()) else None
+
 
 def raise_descriptor_limit() -> None:
     """Children inherit it: 1,000 connections don't fit in the usual soft limit of 1,024."""
@@ -235,7 +258,7 @@ def running(peer: Peer, mode: str, processor: int | None) -> Iterator[Server]:
 def load(server: Server, row: Row, settings: Settings, processor: int | None) -> Measurement:
     """One run of the load generator; ``ServerError`` when it couldn't measure."""
     words = [
-        str(program("loadgen")),
+        str(program("tls_loadgen" if row.tls else "loadgen")),
         *row.arguments(),
         "-t",
         str(settings.seconds),
@@ -252,6 +275,8 @@ def load(server: Server, row: Row, settings: Settings, processor: int | None) ->
     if process.returncode:
         reason = errors.decode(errors="replace").strip()
         raise ServerError(f"{server.peer.name}, {row}: {reason}. {server.said()}".strip())
+    if row.tls and (complaint := server.complaint()):
+        raise ServerError(f"{server.peer.name}, {row}: {complaint}")
     measurement: Measurement = json.loads(output)
     return measurement
 
@@ -360,7 +385,7 @@ def run_row(
     """
     result = Result(row, settings, Placement.choose())
     rounds = Rounds(result, raw, on_measurement)
-    peers = [peer for name in names if (peer := usable(name, result.failures))]
+    peers = [peer for name in names if (peer := usable(name, row, result.failures))]
     if row.needs_new_servers:
         run_with_new_servers(peers, rounds)
     else:
@@ -368,9 +393,9 @@ def run_row(
     return result
 
 
-def usable(name: str, failures: dict[str, str]) -> Peer | None:
+def usable(name: str, row: Row, failures: dict[str, str]) -> Peer | None:
     peer = find_peer(name)
-    if reason := peer.missing():
+    if reason := peer.missing(row.server_mode):
         failures[name] = reason
         return None
     return peer

@@ -20,15 +20,16 @@ from typing import Any
 
 import pytest
 
-from bench.judge import LIMIT_PEER, judge
-from bench.peers import standard_peers
+from bench.judge import judge, limit_peer
+from bench.peers import standard_peers, tls_peers
 from bench.report import REFERENCE, figures
-from bench.rounds import Placement, Result, Row, Settings, run_row
+from bench.rounds import SIZED, Placement, Result, Row, Settings, run_row
 
 __all__ = [
     "CLOCK",
     "PEERS",
     "STREAM_PEERS",
+    "TLS_PEERS",
     "Board",
     "Workload",
     "current_settings",
@@ -45,6 +46,7 @@ TEST_TIMEOUT = 280
 ROW_BUDGET = 180.0
 
 PEERS = standard_peers()
+TLS_PEERS = tls_peers()
 STREAM_PEERS = [
     "uvloop",
     "uvloop-streams",
@@ -59,6 +61,7 @@ UNITS = {
     "cpu_us_per_connection": 1e-6,
     "cpu_us_per_event": 1e-6,
     "cpu_seconds_per_gigabyte": 1.0,
+    "bytes_per_connection": 1e-9,  # shown as nanoseconds
     "server_cpu_percent_of_core": 0.01,
 }
 
@@ -96,7 +99,7 @@ def row_id(row: Row) -> str:
     paced = "-paced" if row.rate else ""
     if row.label:
         return row.label
-    if row.mode in ("source", "storm"):
+    if row.kind not in SIZED:
         return f"{row.mode}-n{row.connections}"
     return f"{'' if row.mode == 'echo' else row.mode + '-'}{size}-n{row.connections}{paced}"
 
@@ -117,7 +120,7 @@ class Board:
         """The row's figures; measured now if they haven't been."""
         if row not in self.results:
             # Ratios need their denominators, whatever -k has left over.
-            needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, LIMIT_PEER]
+            needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, limit_peer(row)]
             if any(peer.endswith("-streams") for peer in self.selected[row]):
                 needed.append(f"{REFERENCE}-streams")
             peers = list(dict.fromkeys([*needed, *self.selected[row]]))
@@ -171,8 +174,8 @@ def play_back(benchmark: Any, result: Result, peer: str) -> None:
     A peer that isn't installed skips the test; one that broke fails it. Slowness never does.
     """
     if reason := result.failures.get(peer):
-        if reason.startswith(("no module", "No module")):
-            pytest.skip(f"needs {peer}: {reason}")
+        if reason.startswith(("no ", "No module")):
+            pytest.skip(f"{peer}: {reason}")
         pytest.fail(reason)
     row, unit = result.row, UNITS[result.row.metric]
     values = result.values(peer)

@@ -10,6 +10,11 @@
  * datagram-echo  echo over UDP, one datagram each; what hasn't come back after 0.1 s is sent again
  * datagram-sink  sends datagrams of SIZE bytes without end; counted is what the server has answered, one to 16
  *
+ * Built with -DTLS it is tls_loadgen: echo, sink, source and storm over TLS 1.3, and
+ *
+ * handshake  opens a connection, has one byte echoed, ends it by close_notify, and opens it again
+ * resume     the same, resuming the session of the time before
+ *
  *   -n CONNECTIONS (1)   -s BYTES (64)     -t SECONDS measured (1)   -w SECONDS before that (0.3)
  *   -P PID of the server, for its CPU time and memory                -r BYTES per second (sink)
  *   -v check every received byte (echo, source)                      -l let closed connections linger (no reset)
@@ -19,7 +24,8 @@
  * accepting isn't counted. CPU is what the server was on a processor, in nanoseconds: the sum of
  * /proc/PID/task/<thread>/schedstat; its split in user and system comes from /proc/PID/stat in clock ticks.
  *
- * Exit: 0 measured, 1 usage, 2 can't connect, 3 can't send, 4 connection lost, 5 wrong bytes, 6 deadline passed. */
+ * Exit: 0 measured, 1 usage, 2 can't connect, 3 can't send, 4 connection lost, 5 wrong bytes, 6 deadline passed; TLS:
+ * 7 measured, but the server didn't end a connection by close_notify, 8 handshakes weren't of the kind asked for. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -39,7 +45,23 @@
 #include <time.h>
 #include <unistd.h>
 
-enum exit_status { USAGE = 1, CANT_CONNECT, CANT_SEND, CONNECTION_LOST, WRONG_BYTES, DEADLINE_PASSED };
+enum exit_status {
+    USAGE = 1,
+    CANT_CONNECT,
+    CANT_SEND,
+    CONNECTION_LOST,
+    WRONG_BYTES,
+    DEADLINE_PASSED,
+    UNCLEAN_END,
+    NOT_RESUMED
+};
+
+#ifdef TLS
+#include <openssl/ssl.h>
+#define MODES "echo|sink|source|storm|handshake|resume"
+#else
+#define MODES "echo|sink|source|storm|datagram-echo|datagram-sink"
+#endif
 
 enum {
     EVENTS_PER_WAIT = 512,
@@ -63,6 +85,8 @@ enum {
     /* Datagrams that the server answers once. */
     ANSWERED = 16,
     RESEND_MILLISECONDS = 100,
+    /* From one connection, when what it has is held in memory (TLS). */
+    READS_PER_EVENT = 16,
 };
 
 static const uint64_t SECOND = 1000000000ull;
@@ -71,14 +95,14 @@ static const uint64_t SECOND = 1000000000ull;
 
 static struct {
     const char *mode;
-    int connections, size, port, server_pid, verify, linger;
+    int connections, size, port, server_pid, verify, linger, resume;
     double seconds, warmup, rate, deadline;
 } options = {.connections = 1, .size = 64, .seconds = 1, .warmup = 0.3};
 
 static void parse_options(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [-n -s -t -w -P -r -D -v -l]\n");
+        fprintf(stderr, "usage: loadgen " MODES " -p PORT [-n -s -t -w -P -r -D -v -l]\n");
         exit(USAGE);
     }
     options.mode = argv[1];
@@ -272,6 +296,14 @@ struct connection {
     uint64_t begun;
     uint8_t wants_out;
     uint8_t served; /* its first request was answered */
+#ifdef TLS
+    SSL *tls;
+    SSL_SESSION *session; /* the newest that the server gave */
+    const void *unsent;   /* OpenSSL has begun a record with these bytes: they must be written next */
+    size_t unsent_length;
+    uint8_t closing; /* close_notify has gone out */
+    enum { SHAKING_HANDS, ECHOING, ENDING } stage;
+#endif
 };
 
 static struct connection *connections;
@@ -303,7 +335,7 @@ static void raise_descriptor_limit(void)
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-static void dial(int index)
+static void connect_socket(struct connection *connection)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -318,14 +350,17 @@ static void dial(int index)
     struct sockaddr_in address = {
         .sin_family = AF_INET,
         .sin_port = htons((uint16_t)options.port),
-        .sin_addr.s_addr = htonl(INADDR_LOOPBACK + (uint32_t)(index % SERVER_ADDRESSES)),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK + (uint32_t)((connection - connections) % SERVER_ADDRESSES)),
     };
     if (connect(fd, (struct sockaddr *)&address, sizeof address))
         stop(CANT_CONNECT, "connect");
-    fcntl(fd, F_SETFL, O_NONBLOCK);
-    connections[index].fd = fd;
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &connections[index]};
-    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event);
+    connection->fd = fd;
+}
+
+static void watch_connection(struct connection *connection)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = connection};
+    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, connection->fd, &event);
 }
 
 static void want_out(struct connection *connection, int wanted)
@@ -345,11 +380,50 @@ static void mark_served(struct connection *connection)
     }
 }
 
+/* How bytes are sent and received: send(2) and recv(2), or OpenSSL's counterparts with the same results. */
+#ifdef TLS
+static ssize_t put_bytes(struct connection *connection, const void *bytes, size_t length);
+static ssize_t take_bytes(struct connection *connection, void *buffer, size_t length, int drop_bytes);
+static int holds_bytes(const struct connection *connection);
+static void shake_hands(struct connection *connection);
+#else
+static ssize_t put_bytes(struct connection *connection, const void *bytes, size_t length)
+{
+    return send(connection->fd, bytes, length, MSG_NOSIGNAL);
+}
+
+static ssize_t take_bytes(struct connection *connection, void *buffer, size_t length, int drop_bytes)
+{
+    return recv(connection->fd, buffer, length, drop_bytes ? MSG_TRUNC : 0);
+}
+
+/* True when there may be bytes that epoll doesn't know of. */
+static int holds_bytes(const struct connection *connection)
+{
+    (void)connection;
+    return 0;
+}
+
+static void shake_hands(struct connection *connection)
+{
+    (void)connection;
+}
+#endif
+
+static void dial(int index)
+{
+    struct connection *connection = &connections[index];
+    connect_socket(connection);
+    shake_hands(connection);
+    fcntl(connection->fd, F_SETFL, O_NONBLOCK);
+    watch_connection(connection);
+}
+
 /* Bytes received, or 0 when there are none after all. */
 static size_t receive(struct connection *connection, size_t wanted, int drop_bytes)
 {
     size_t length = wanted < RECEIVE_SIZE ? wanted : RECEIVE_SIZE;
-    ssize_t count = recv(connection->fd, received_bytes, length, drop_bytes ? MSG_TRUNC : 0);
+    ssize_t count = take_bytes(connection, received_bytes, length, drop_bytes);
     if (count > 0)
         return (size_t)count;
     if (count < 0 && errno == EAGAIN)
@@ -437,8 +511,7 @@ static void print_result(void)
 static void send_request(struct connection *connection)
 {
     while (connection->sent < options.size) {
-        ssize_t count = send(connection->fd, pattern + connection->sent, (size_t)(options.size - connection->sent),
-                             MSG_NOSIGNAL);
+        ssize_t count = put_bytes(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0) {
             if (errno != EAGAIN)
                 stop(CANT_SEND, "send");
@@ -461,7 +534,8 @@ static void begin_request(struct connection *connection, uint64_t time)
  * if each turn also serves all those accepted so far, opening n of them costs n * n / 2 echoes. */
 static int repeating;
 
-static void receive_echo(struct connection *connection)
+/* Some of an echo; true when there may be more of it. */
+static int receive_echo(struct connection *connection)
 {
     int drop_bytes = !options.verify && options.size > TRUNCATE_ABOVE;
     size_t count = receive(connection, (size_t)(options.size - connection->received), drop_bytes);
@@ -478,7 +552,9 @@ static void receive_echo(struct connection *connection)
         mark_served(connection);
         if (repeating)
             begin_request(connection, time);
+        return 0;
     }
+    return count && holds_bytes(connection);
 }
 
 static void serve_echoes(int timeout)
@@ -489,8 +565,10 @@ static void serve_echoes(int timeout)
         struct connection *connection = events[i].data.ptr;
         if (events[i].events & EPOLLOUT)
             send_request(connection);
-        if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-            receive_echo(connection);
+        if (!(events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
+            continue;
+        while (receive_echo(connection))
+            ;
     }
 }
 
@@ -525,24 +603,34 @@ static void check_source(size_t count)
     }
 }
 
+/* Some of what the server sends; true when there may be more at hand. */
+static int receive_source(struct connection *connection)
+{
+    size_t length = receive(connection, RECEIVE_SIZE, !options.verify);
+    if (length)
+        mark_served(connection);
+    if (options.verify)
+        check_source(length);
+    measured.bytes += length;
+    return length && holds_bytes(connection);
+}
+
 static void run_source(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++) {
         dial(i);
-        if (send(connections[i].fd, "g", 1, MSG_NOSIGNAL) != 1)
+        if (put_bytes(&connections[i], "g", 1) != 1)
             stop(CANT_SEND, "send");
     }
     plan_measurement();
     while (!measure(now(), served == options.connections)) {
         int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, 50);
         for (int i = 0; i < count; i++) {
-            size_t length = receive(events[i].data.ptr, RECEIVE_SIZE, !options.verify);
-            if (length)
-                mark_served(events[i].data.ptr);
-            if (options.verify)
-                check_source(length);
-            measured.bytes += length;
+            for (int reads = 0; reads < READS_PER_EVENT; reads++) {
+                if (!receive_source(events[i].data.ptr))
+                    break;
+            }
         }
     }
 }
@@ -551,7 +639,7 @@ static void run_source(void)
 
 static void send_chunk(struct connection *connection)
 {
-    ssize_t count = send(connection->fd, pattern, (size_t)options.size, MSG_NOSIGNAL);
+    ssize_t count = put_bytes(connection, pattern, (size_t)options.size);
     if (count > 0)
         measured.bytes += (uint64_t)count;
     else if (errno != EAGAIN)
@@ -611,8 +699,7 @@ static void run_paced_sink(void)
             connection = &connections[chunks++ % (uint64_t)options.connections];
             connection->sent = 0;
         }
-        ssize_t count = send(connection->fd, pattern + connection->sent, (size_t)(options.size - connection->sent),
-                             MSG_NOSIGNAL);
+        ssize_t count = put_bytes(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0 && errno != EAGAIN)
             stop(CANT_SEND, "send");
         if (count > 0) {
@@ -643,7 +730,7 @@ static void run_storm(void)
         while (i - served >= UNSERVED)
             collect_storm_echoes(100);
         dial(i);
-        if (send(connections[i].fd, pattern, 1, MSG_NOSIGNAL) != 1)
+        if (put_bytes(&connections[i], pattern, 1) != 1)
             stop(CANT_SEND, "send");
         if (i % DIALS_PER_POLL == 0)
             collect_storm_echoes(0);
@@ -665,6 +752,7 @@ static void run_storm(void)
            after_kib, (double)(after_kib - before_kib) * 1024 / n);
 }
 
+#ifndef TLS
 /* ---- datagrams ---- */
 
 static void dial_datagrams(int index)
@@ -756,6 +844,9 @@ static void run_datagram_sink(void)
     }
     measured.lost = sent > measured.requests ? sent - measured.requests : 0;
 }
+#else
+#include "tls_client.h"
+#endif
 
 int main(int argc, char **argv)
 {
@@ -764,27 +855,39 @@ int main(int argc, char **argv)
     raise_descriptor_limit();
     fill_buffers();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+#ifdef TLS
+    set_up_tls();
+    options.resume = !strcmp(options.mode, "resume");
+    int handshakes = options.resume || !strcmp(options.mode, "handshake");
+#endif
 
-    if (!strcmp(options.mode, "storm")) {
+    if (!strcmp(options.mode, "storm"))
         run_storm();
-        return 0;
-    }
-    if (!strcmp(options.mode, "echo"))
+    else if (!strcmp(options.mode, "echo"))
         run_echo();
     else if (!strcmp(options.mode, "source"))
         run_source();
+#ifdef TLS
+    else if (handshakes)
+        run_handshakes();
+#else
     else if (!strcmp(options.mode, "datagram-echo"))
         run_datagram_echo();
     else if (!strcmp(options.mode, "datagram-sink"))
         run_datagram_sink();
+#endif
     else if (!strcmp(options.mode, "sink") && options.rate > 0)
         run_paced_sink();
     else if (!strcmp(options.mode, "sink"))
         run_sink();
     else {
-        fprintf(stderr, "unknown mode %s: echo, sink, source, storm, datagram-echo or datagram-sink\n", options.mode);
+        fprintf(stderr, "unknown mode %s: " MODES "\n", options.mode);
         return USAGE;
     }
-    print_result();
+    if (strcmp(options.mode, "storm"))
+        print_result();
+#ifdef TLS
+    (handshakes ? end_handshakes : end_connections)();
+#endif
     return 0;
 }
