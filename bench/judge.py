@@ -81,22 +81,22 @@ def verdict_at_most(measured: Estimate, bound: float) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One target, what was measured for it, and what that means; no goal, no verdict on one."""
+    """One target, what was measured for it, and what that means; no must or no goal, no verdict on one."""
 
     case: str
     peer: str
     figure: str  # "cost of uvloop / ours", or the name of a figure
     measured: Estimate
-    must: float
-    must_verdict: str
+    must: float | None = None
+    must_verdict: str | None = None
     goal: float | None = None
     goal_verdict: str | None = None
 
     @property
     def summary(self) -> str:
         """``must reached, goal inconclusive``."""
-        goal = f", goal {self.goal_verdict}" if self.goal_verdict else ""
-        return f"must {self.must_verdict}{goal}"
+        verdicts = {"must": self.must_verdict, "goal": self.goal_verdict}
+        return ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items() if verdict)
 
 
 def limit_peer(row: Row) -> str:
@@ -159,6 +159,12 @@ def judge_ratio(result: Result, peer: str, target: dict[str, Any]) -> Iterator[J
         bound = target["limit"]
         verdict = verdict_at_least(share, bound)
         yield Judgement(target["case"], peer, f"{limit} / this", share, bound, verdict)
+    rival = target.get("not_behind")
+    even = estimate(result.ratios(peer, rival)) if rival else None
+    if even:
+        yield Judgement(
+            target["case"], peer, f"{rival} / this", even, goal=1.0, goal_verdict=verdict_at_least(even, 1.0)
+        )
 
 
 def judge_figure(result: Result, peer: str, target: dict[str, Any]) -> Iterator[Judgement]:

@@ -89,10 +89,8 @@ def judgement_table(judgements: Iterable[Judgement]) -> list[list[str]]:
     """Heading and one line per target."""
     lines = [["case", "peer", "figure", "measured", "must", "goal", "verdict"]]
     for each in judgements:
-        goal = "-" if each.goal is None else f"{each.goal:g}"
-        lines.append(
-            [each.case, each.peer, each.figure, str(each.measured), f"{each.must:g}", goal, each.summary]
-        )
+        must, goal = ("-" if bound is None else f"{bound:g}" for bound in (each.must, each.goal))
+        lines.append([each.case, each.peer, each.figure, str(each.measured), must, goal, each.summary])
     return lines
 
 

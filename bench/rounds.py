@@ -46,9 +46,9 @@ METRICS = {
     "web": "cpu_us_per_request",
     "client": "cpu_us_per_request",
 }
-TLS_LOADS = tuple(TLS + load for load in ("echo", "sink", "source", "handshake", "resume", "idle"))
-LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink", *TLS_LOADS)
-SIZED = ("echo", "sink", "datagram-echo", "datagram-sink")
+TLS_LOADS = tuple(TLS + load for load in ("echo", "sink", "source", "idle", "handshake", "resume"))
+LOADS = ("echo", "sink", "source", "storm", "idle", "datagram-echo", "datagram-sink", *TLS_LOADS)
+SIZED = ("echo", "sink", "idle", "datagram-echo", "datagram-sink")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -61,9 +61,8 @@ class ServerError(RuntimeError):
 class Row:
     """One line of a table: what the load generator does, or work inside this process (mode "micro").
 
-    A mode that begins with "tls-" is one over TLS; three exist only there: full handshakes, resumed ones, and the
-    memory of idle connections. In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the
-    load; the label names the application.
+    A mode that begins with "tls-" is one over TLS; full handshakes and resumed ones exist only there. In mode "web"
+    the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the application.
     """
 
     mode: str
@@ -122,8 +121,7 @@ class Row:
 
     def arguments(self) -> list[str]:
         """The words for the load generator."""
-        load = "storm" if self.kind == "idle" else self.kind
-        words = [load, "-n", str(self.connections), "-s", str(self.size)]
+        words = [self.kind, "-n", str(self.connections), "-s", str(self.size)]
         return [*words, "-r", str(self.rate)] if self.rate else words
 
 

@@ -4,7 +4,7 @@ pytest-benchmark times a function again and again, and then the next one. Server
 on a machine with neighbours: all peers of a row are measured in interleaved rounds when the first of its
 tests runs, and each test plays its own peer's figures back to pytest-benchmark, whose clock is a
 ``Playback``. So the times in its tables, histograms and saved files are CPU time of the server (per request,
-GB, connection or event), one value per round.
+GB, connection or event; bytes of memory for idle connections), one value per round.
 """
 
 from __future__ import annotations

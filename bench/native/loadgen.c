@@ -7,10 +7,11 @@
  * source  sends one byte, then receives without end
  * storm   opens all connections as fast as it can with one echoed byte each, then leaves them idle:
  *         accept rate, CPU per accepted connection, memory per idle connection
+ * idle    opens connections, has SIZE bytes echoed on each, then leaves them idle: what memory they still take
  * datagram-echo  echo over UDP, one datagram each; what hasn't come back after 0.1 s is sent again
  * datagram-sink  sends datagrams of SIZE bytes without end; counted is what the server has answered, one to 16
  *
- * Built with -DTLS it is tls_loadgen: echo, sink, source and storm over TLS 1.3, and
+ * Built with -DTLS it is tls_loadgen: echo, sink, source, storm and idle over TLS 1.3, and
  *
  * handshake  opens a connection, has one byte echoed, ends it by close_notify, and opens it again
  * resume     the same, resuming the session of the time before
@@ -58,9 +59,9 @@ enum exit_status {
 
 #ifdef TLS
 #include <openssl/ssl.h>
-#define MODES "echo|sink|source|storm|handshake|resume"
+#define MODES "echo|sink|source|storm|idle|handshake|resume"
 #else
-#define MODES "echo|sink|source|storm|datagram-echo|datagram-sink"
+#define MODES "echo|sink|source|storm|idle|datagram-echo|datagram-sink"
 #endif
 
 enum {
@@ -572,7 +573,7 @@ static void serve_echoes(int timeout)
     }
 }
 
-static void run_echo(void)
+static void open_and_echo(void)
 {
     for (int i = 0; i < options.connections; i++) {
         while (i - served >= UNSERVED)
@@ -582,6 +583,11 @@ static void run_echo(void)
     }
     while (served < options.connections)
         serve_echoes(50);
+}
+
+static void run_echo(void)
+{
+    open_and_echo();
     repeating = 1;
     for (int i = 0; i < options.connections; i++)
         begin_request(&connections[i], now());
@@ -646,7 +652,7 @@ static void send_chunk(struct connection *connection)
         stop(CANT_SEND, "send");
 }
 
-static void run_sink(void)
+static void run_fast_sink(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++)
@@ -709,7 +715,54 @@ static void run_paced_sink(void)
     }
 }
 
-/* ---- storm ---- */
+static void run_sink(void)
+{
+    (options.rate > 0 ? run_paced_sink : run_fast_sink)();
+}
+
+/* ---- storm, idle ---- */
+
+/* What opening all connections took. */
+static struct {
+    long kib;
+    uint64_t begun, end;
+    struct usage before, after;
+} opening;
+
+static void begin_opening(void)
+{
+    opening.kib = server_resident_kib();
+    opening.before = server_usage();
+    opening.begun = now();
+}
+
+static void end_opening(void)
+{
+    opening.end = now();
+    opening.after = server_usage();
+}
+
+static void print_connections(void)
+{
+    int n = options.connections;
+    double seconds = (double)(opening.end - opening.begun) / 1e9;
+    /* Memory when everything is at rest, not in the middle of the last turn. */
+    usleep(SETTLE_MICROSECONDS);
+    long after_kib = server_resident_kib();
+    printf("{\"mode\": \"%s\", \"connections\": %d", options.mode, n);
+    print_usage(&opening.before, &opening.after, seconds, 0);
+    printf(", \"accepts_per_second\": %.1f, \"cpu_us_per_connection\": %.4f", n / seconds,
+           (double)(opening.after.on_cpu - opening.before.on_cpu) / 1e3 / n);
+    printf(", \"resident_kib_before\": %ld, \"resident_kib_after\": %ld, \"bytes_per_connection\": %.1f}\n",
+           opening.kib, after_kib, (double)(after_kib - opening.kib) * 1024 / n);
+}
+
+static void run_idle(void)
+{
+    begin_opening();
+    open_and_echo();
+    end_opening();
+}
 
 static void collect_storm_echoes(int timeout)
 {
@@ -723,9 +776,7 @@ static void collect_storm_echoes(int timeout)
 
 static void run_storm(void)
 {
-    long before_kib = server_resident_kib();
-    struct usage before = server_usage();
-    uint64_t begun = now();
+    begin_opening();
     for (int i = 0; i < options.connections; i++) {
         while (i - served >= UNSERVED)
             collect_storm_echoes(100);
@@ -737,19 +788,7 @@ static void run_storm(void)
     }
     while (served < options.connections)
         collect_storm_echoes(100);
-    double seconds = (double)(now() - begun) / 1e9;
-    struct usage after = server_usage();
-    /* Memory when everything is at rest, not in the middle of the last turn. */
-    usleep(SETTLE_MICROSECONDS);
-    long after_kib = server_resident_kib();
-
-    int n = options.connections;
-    printf("{\"mode\": \"storm\", \"connections\": %d", n);
-    print_usage(&before, &after, seconds, 0);
-    printf(", \"accepts_per_second\": %.1f, \"cpu_us_per_connection\": %.4f", n / seconds,
-           (double)(after.on_cpu - before.on_cpu) / 1e3 / n);
-    printf(", \"resident_kib_before\": %ld, \"resident_kib_after\": %ld, \"bytes_per_connection\": %.1f}\n", before_kib,
-           after_kib, (double)(after_kib - before_kib) * 1024 / n);
+    end_opening();
 }
 
 #ifndef TLS
@@ -844,50 +883,58 @@ static void run_datagram_sink(void)
     }
     measured.lost = sent > measured.requests ? sent - measured.requests : 0;
 }
+
+static void set_up_tls(void)
+{
+}
+
+/* The end of the process resets them. */
+static void end_connections(void)
+{
+}
 #else
 #include "tls_client.h"
 #endif
 
+static const struct load {
+    const char *name;
+    void (*run)(void), (*print)(void), (*end)(void);
+} loads[] = {
+    {"echo", run_echo, print_result, end_connections},
+    {"sink", run_sink, print_result, end_connections},
+    {"source", run_source, print_result, end_connections},
+    {"storm", run_storm, print_connections, end_connections},
+    {"idle", run_idle, print_connections, end_connections},
+#ifdef TLS
+    {"handshake", run_handshakes, print_result, end_handshakes},
+    {"resume", run_resumptions, print_result, end_handshakes},
+#else
+    {"datagram-echo", run_datagram_echo, print_result, end_connections},
+    {"datagram-sink", run_datagram_sink, print_result, end_connections},
+#endif
+};
+
+static const struct load *find_load(void)
+{
+    for (size_t i = 0; i < sizeof loads / sizeof *loads; i++) {
+        if (!strcmp(options.mode, loads[i].name))
+            return &loads[i];
+    }
+    fprintf(stderr, "unknown mode %s: " MODES "\n", options.mode);
+    exit(USAGE);
+}
+
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
+    const struct load *load = find_load();
     set_deadline();
     raise_descriptor_limit();
     fill_buffers();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-#ifdef TLS
     set_up_tls();
-    options.resume = !strcmp(options.mode, "resume");
-    int handshakes = options.resume || !strcmp(options.mode, "handshake");
-#endif
-
-    if (!strcmp(options.mode, "storm"))
-        run_storm();
-    else if (!strcmp(options.mode, "echo"))
-        run_echo();
-    else if (!strcmp(options.mode, "source"))
-        run_source();
-#ifdef TLS
-    else if (handshakes)
-        run_handshakes();
-#else
-    else if (!strcmp(options.mode, "datagram-echo"))
-        run_datagram_echo();
-    else if (!strcmp(options.mode, "datagram-sink"))
-        run_datagram_sink();
-#endif
-    else if (!strcmp(options.mode, "sink") && options.rate > 0)
-        run_paced_sink();
-    else if (!strcmp(options.mode, "sink"))
-        run_sink();
-    else {
-        fprintf(stderr, "unknown mode %s: " MODES "\n", options.mode);
-        return USAGE;
-    }
-    if (strcmp(options.mode, "storm"))
-        print_result();
-#ifdef TLS
-    (handshakes ? end_handshakes : end_connections)();
-#endif
+    load->run();
+    load->print();
+    load->end();
     return 0;
 }

@@ -1,9 +1,9 @@
 """The servers that are compared, and how each is started.
 
 A peer is a name in the tables and a command. Every command takes a port (0: the kernel chooses) and a mode,
-in the modes of TLS the file of a certificate and its key as well, and prints ``READY <port>`` when it listens. Python peers run ``loop_server.py`` or ``twisted_server.py`` in
-processes of their own, with the interpreter that runs the benchmark, default settings and the same protocol
-code.
+in the modes of TLS the file of a certificate and its key as well, and prints ``READY <port>`` when it listens.
+Python peers run ``loop_server.py`` or ``twisted_server.py`` in processes of their own, with the interpreter that
+runs the benchmark, default settings and the same protocol code.
 
 Names: ``headrace-<engine>-<kind>`` with engine uring or epoll and kind lease, bytes, buffered or streams;
 ``asyncio``, ``uvloop`` and ``rloop``, each also with ``-buffered`` and ``-streams``; ``aiofastnet`` on asyncio's

@@ -244,7 +244,8 @@ async def main(name: str, kind: str, port: int, mode: str, certificate: str | No
     if mode in DATAGRAMS:
         await serve_datagrams(name, port, mode)
         return
-    listener = socket.socket()
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is, as it does for a host and a port.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("0.0.0.0", port))
     listener.setblocking(False)
