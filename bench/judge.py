@@ -117,7 +117,7 @@ def within(value: float, bounds: Sequence[float] | None) -> bool:
 
 def fits(target: dict[str, Any], row: Row, peer: str) -> bool:
     return (
-        target.get("mode", row.mode) == row.mode
+        target.get("mode", row.kind) == row.mode  # a row over TLS needs a target that says so
         and within(row.size, target.get("sizes"))
         and within(row.connections, target.get("connections"))
         and target.get("rate", bool(row.rate)) == bool(row.rate)

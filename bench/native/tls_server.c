@@ -94,6 +94,19 @@ static void send_pending(struct connection *connection)
     }
 }
 
+/* One record a call: as many as the data has, or as the socket takes. */
+static void send_source(struct connection *connection)
+{
+    for (size_t total = 0; total < buffer_size;) {
+        int sent = SSL_write(connection->tls, source_data, (int)buffer_size);
+        if (sent <= 0) {
+            survives(connection, sent);
+            return;
+        }
+        total += (size_t)sent;
+    }
+}
+
 static int keep_pending(struct connection *connection, const char *bytes, size_t length)
 {
     connection->pending = malloc(length);
@@ -152,11 +165,9 @@ static void serve(struct connection *connection, unsigned events)
     if (connection->pending) {
         if (events & (EPOLLOUT | EPOLLERR | EPOLLHUP))
             send_pending(connection);
-    } else if (mode == SOURCE && (events & EPOLLOUT) && !(events & EPOLLIN)) {
-        int sent = SSL_write(connection->tls, source_data, (int)buffer_size);
-        if (sent <= 0)
-            survives(connection, sent);
-    } else
+    } else if (mode == SOURCE && (events & EPOLLOUT) && !(events & EPOLLIN))
+        send_source(connection);
+    else
         receive_all(connection);
 }
 
