@@ -1,47 +1,54 @@
-"""The certificate that every TLS server of a comparison shows: one ECDSA key on P-256, signed by itself."""
+"""The certificate of every TLS server: self-signed, ECDSA on P-256, made when it's first needed."""
 
 from __future__ import annotations
 
+import atexit
 import datetime
-import time
+import ipaddress
+import tempfile
+from functools import cache
 from pathlib import Path
 
-from bench.native.build import build_directory
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-__all__ = ["certificate_file"]
+__all__ = ["certificate", "make_certificate"]
 
-DAY = 24 * 3600.0
-
-
-def certificate_file() -> Path:
-    """PEM of the certificate and its key; made when there's none, or an old one."""
-    path = build_directory() / "tls.pem"
-    if not path.exists() or path.stat().st_mtime < time.time() - DAY:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_bytes(make_certificate())
-    return path
+LIFETIME = datetime.timedelta(days=1)
 
 
 def make_certificate() -> bytes:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
+    """A certificate for localhost and its key, both as PEM; good for a day."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "headrace bench")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
+    )
     now = datetime.datetime.now(datetime.UTC)
-    certificate = (
+    made = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
+        .not_valid_before(now - LIFETIME)
+        .not_valid_after(now + LIFETIME)
+        .add_extension(names, critical=False)
         .sign(key, hashes.SHA256())
     )
-    private = key.private_bytes(
+    return made.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return private + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+@cache
+def certificate() -> Path:
+    """One file with certificate and key, the same for all servers of this process; gone at its end."""
+    directory = tempfile.TemporaryDirectory(prefix="headrace-bench-")
+    atexit.register(directory.cleanup)
+    path = Path(directory.name) / "server.pem"
+    path.touch(mode=0o600)
+    path.write_bytes(make_certificate())
+    return path

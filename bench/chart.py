@@ -75,7 +75,7 @@ def chart(results: Sequence[Result]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total:.0f}" color="#222">',
         f'<rect width="{width}" height="{total:.0f}" fill="#fff"/>',
-        text(8, 18, f"CPU efficiency, {REFERENCE} = 1 (longer is better; line: 90 % interval of the median)"),
+        text(8, 18, f"Efficiency, {REFERENCE} = 1 (longer is better; line: 90 % interval of the median)"),
         f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{MARGIN - 12}" y2="{total:.0f}" stroke="#bbb"/>',
     ]
     top = float(MARGIN)

@@ -3,8 +3,10 @@
     python -m bench.compare --rows "echo -n 100 -s 64" --peers headrace-uring-lease,uvloop --rounds 15
 
 Rows are separated by semicolons and written in the load generator's words: ``echo -n 100 -s 64;
-sink -n 1 -s 262144; source -n 10; storm -n 10000; sink -n 1000 -s 65536 -r 125e6``. ``--raw FILE`` keeps
-every measurement as a JSON line. The names of peers are in ``bench/peers/__init__.py``.
+sink -n 1 -s 262144; source -n 10; storm -n 10000; sink -n 1000 -s 65536 -r 125e6``, and over TLS
+``tls-echo -n 10 -s 16384; tls-sink -n 1 -s 262144; tls-source -n 10; tls-handshake -n 10; tls-resume -n 10;
+tls-idle -n 1000 -s 65536``. ``--raw FILE`` keeps every measurement as a JSON line. The names of peers are in
+``bench/peers/__init__.py``.
 """
 
 from __future__ import annotations

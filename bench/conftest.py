@@ -66,6 +66,16 @@ def native() -> None:
         pytest.skip(f"needs a C compiler: {error}")
 
 
+@pytest.fixture(scope="session")
+def native_tls(native: None) -> None:
+    """Those that need OpenSSL as well."""
+    try:
+        program("tls_loadgen")
+        program("tls_server")
+    except CompilerMissingError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def measure(benchmark: Any, board: Board, native: None) -> Callable[[Row, str], None]:
     """``measure(row, peer)``: the body of a test of servers."""

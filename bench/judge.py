@@ -25,6 +25,7 @@ __all__ = [
     "Judgement",
     "estimate",
     "judge",
+    "limit_peer",
     "verdict_at_least",
     "verdict_at_most",
 ]
@@ -32,8 +33,6 @@ __all__ = [
 ROUNDS_FOR_VERDICT = 15
 RESAMPLES = 2000
 INTERVAL = 0.90
-LIMIT_PEER = "c-uring"
-TLS_LIMIT_PEER = "c-tls"
 
 REACHED, NOT_REACHED, INCONCLUSIVE = "reached", "not reached", "inconclusive"
 
@@ -82,22 +81,27 @@ def verdict_at_most(measured: Estimate, bound: float) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One target, what was measured for it, and what that means; no goal, no verdict on one."""
+    """One target, what was measured for it, and what that means; no must or no goal, no verdict on one."""
 
     case: str
     peer: str
     figure: str  # "cost of uvloop / ours", or the name of a figure
     measured: Estimate
-    must: float
-    must_verdict: str
+    must: float | None = None
+    must_verdict: str | None = None
     goal: float | None = None
     goal_verdict: str | None = None
 
     @property
     def summary(self) -> str:
         """``must reached, goal inconclusive``."""
-        goal = f", goal {self.goal_verdict}" if self.goal_verdict else ""
-        return f"must {self.must_verdict}{goal}"
+        verdicts = {"must": self.must_verdict, "goal": self.goal_verdict}
+        return ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items() if verdict)
+
+
+def limit_peer(row: Row) -> str:
+    """The plain C server that shows what is possible at all."""
+    return "c-openssl" if row.tls else "c-uring"
 
 
 @cache
@@ -113,8 +117,7 @@ def within(value: float, bounds: Sequence[float] | None) -> bool:
 
 def fits(target: dict[str, Any], row: Row, peer: str) -> bool:
     return (
-        target.get("mode", row.mode) == row.mode
-        and target.get("tls", False) == row.tls
+        target.get("mode", row.kind) == row.mode  # a row over TLS needs a target that says so
         and within(row.size, target.get("sizes"))
         and within(row.connections, target.get("connections"))
         and target.get("rate", bool(row.rate)) == bool(row.rate)
@@ -150,12 +153,18 @@ def judge_ratio(result: Result, peer: str, target: dict[str, Any]) -> Iterator[J
         must, verdict_at_least(measured, must),
         goal, verdict_at_least(measured, goal) if goal is not None else None,
     )  # fmt: skip
-    limit = TLS_LIMIT_PEER if result.row.tls else LIMIT_PEER
+    limit = limit_peer(result.row)
     share = estimate(result.ratios(peer, limit)) if "limit" in target else None
     if share:
         bound = target["limit"]
         verdict = verdict_at_least(share, bound)
         yield Judgement(target["case"], peer, f"{limit} / this", share, bound, verdict)
+    rival = target.get("not_behind")
+    even = estimate(result.ratios(peer, rival)) if rival else None
+    if even:
+        yield Judgement(
+            target["case"], peer, f"{rival} / this", even, goal=1.0, goal_verdict=verdict_at_least(even, 1.0)
+        )
 
 
 def judge_figure(result: Result, peer: str, target: dict[str, Any]) -> Iterator[Judgement]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from bench.judge import LIMIT_PEER, TLS_LIMIT_PEER, Estimate, Judgement, estimate, judge
+from bench.judge import Estimate, Judgement, estimate, judge, limit_peer
 from bench.rounds import Result
 
 __all__ = ["figures", "judgement_table", "markdown", "markdown_table", "result_table"]
 
 REFERENCE = "uvloop"
 
+HANDSHAKE_COLUMNS = (
+    ("CPU us/handshake", "cpu_us_per_request"),
+    ("handshakes/s", "requests_per_second"),
+    ("p50 us", "p50_us"),
+    ("p99 us", "p99_us"),
+)
 # Heading and key of the columns, per mode: the metric first, then what puts it in a light.
 COLUMNS = {
     "echo": (
@@ -32,19 +38,20 @@ COLUMNS = {
     "micro": (("CPU us/event", "cpu_us_per_event"),),
     "web": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
     "client": (("CPU us/req", "cpu_us_per_request"), ("req/s", "requests_per_second")),
-    "handshake": (("CPU us/handshake", "cpu_us_per_request"), ("handshakes/s", "requests_per_second")),
-    "resume": (("CPU us/handshake", "cpu_us_per_request"), ("handshakes/s", "requests_per_second")),
     "storm": (
         ("CPU us/conn", "cpu_us_per_connection"),
         ("accepts/s", "accepts_per_second"),
         ("idle B/conn", "bytes_per_connection"),
     ),
+    "handshake": HANDSHAKE_COLUMNS,
+    "resume": HANDSHAKE_COLUMNS,
+    "idle": (("B/conn", "bytes_per_connection"), ("CPU us/conn", "cpu_us_per_connection")),
 }
 PACED_COLUMNS = (("% of core", "server_cpu_percent_of_core"), ("GB/s", "gigabytes_per_second"))
 
 
 def columns(result: Result) -> Sequence[tuple[str, str]]:
-    return PACED_COLUMNS if result.row.rate else COLUMNS[result.row.mode]
+    return PACED_COLUMNS if result.row.rate else COLUMNS[result.row.kind]
 
 
 def figure(value: float) -> str:
@@ -57,11 +64,8 @@ def ratio(measured: Estimate | None) -> str:
 
 def references(result: Result) -> list[str]:
     """Whom the others are compared with: streams with uvloop's streams as well."""
-    present = [
-        name
-        for name in (REFERENCE, f"{REFERENCE}-streams", "aiofastnet-uvloop", LIMIT_PEER, TLS_LIMIT_PEER)
-        if name in result.peers
-    ]
+    names = (REFERENCE, f"{REFERENCE}-streams", limit_peer(result.row))
+    present = [name for name in names if name in result.peers]
     return present or result.peers[:1]
 
 
@@ -85,10 +89,8 @@ def judgement_table(judgements: Iterable[Judgement]) -> list[list[str]]:
     """Heading and one line per target."""
     lines = [["case", "peer", "figure", "measured", "must", "goal", "verdict"]]
     for each in judgements:
-        goal = "-" if each.goal is None else f"{each.goal:g}"
-        lines.append(
-            [each.case, each.peer, each.figure, str(each.measured), f"{each.must:g}", goal, each.summary]
-        )
+        must, goal = ("-" if bound is None else f"{bound:g}" for bound in (each.must, each.goal))
+        lines.append([each.case, each.peer, each.figure, str(each.measured), must, goal, each.summary])
     return lines
 
 
@@ -134,7 +136,7 @@ def figures(result: Result) -> dict[str, object]:
     def as_list(measured: Estimate | None) -> list[float] | None:
         return [round(x, 4) for x in (measured.median, measured.low, measured.high)] if measured else None
 
-    shown = columns(result)
+    shown, limit = columns(result), limit_peer(result.row)
     return {
         "row": str(result.row),
         "metric": result.row.metric,
@@ -144,9 +146,7 @@ def figures(result: Result) -> dict[str, object]:
         f"ratio_{REFERENCE}": {
             peer: as_list(estimate(result.ratios(peer, REFERENCE))) for peer in result.peers
         },
-        f"ratio_{LIMIT_PEER}": {
-            peer: as_list(estimate(result.ratios(peer, LIMIT_PEER))) for peer in result.peers
-        },
+        f"ratio_{limit}": {peer: as_list(estimate(result.ratios(peer, limit))) for peer in result.peers},
         "medians": {
             peer: {key: statistics.median(values) for _, key in shown if (values := result.values(peer, key))}
             for peer in result.peers

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bench.certificate import certificate_file
 from bench.native.build import program
-from bench.peers import Peer, find_peer
+from bench.peers import TLS, Peer, find_peer
 
 __all__ = ["Placement", "Result", "Row", "ServerError", "Settings", "run_row"]
 
@@ -38,16 +37,18 @@ METRICS = {
     "sink": "cpu_seconds_per_gigabyte",
     "source": "cpu_seconds_per_gigabyte",
     "storm": "cpu_us_per_connection",
+    "handshake": "cpu_us_per_request",
+    "resume": "cpu_us_per_request",
+    "idle": "bytes_per_connection",
     "datagram-echo": "cpu_us_per_request",
     "datagram-sink": "cpu_us_per_request",
     "micro": "cpu_us_per_event",
     "web": "cpu_us_per_request",
     "client": "cpu_us_per_request",
-    "handshake": "cpu_us_per_request",
-    "resume": "cpu_us_per_request",
 }
-LOADS = ("echo", "sink", "source", "storm", "datagram-echo", "datagram-sink")
-TLS_LOADS = ("echo", "sink", "source", "storm", "handshake", "resume")
+TLS_LOADS = tuple(TLS + load for load in ("echo", "sink", "source", "idle", "handshake", "resume"))
+LOADS = ("echo", "sink", "source", "storm", "idle", "datagram-echo", "datagram-sink", *TLS_LOADS)
+SIZED = ("echo", "sink", "idle", "datagram-echo", "datagram-sink")
 
 Measurement = dict[str, Any]  # what the load generator prints
 
@@ -60,8 +61,8 @@ class ServerError(RuntimeError):
 class Row:
     """One line of a table: what the load generator does, or work inside this process (mode "micro").
 
-    In mode "web" the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the
-    application.
+    A mode that begins with "tls-" is one over TLS; full handshakes and resumed ones exist only there. In mode "web"
+    the load comes from ``web_load.py``, in mode "client" the peer is the load; the label names the application.
     """
 
     mode: str
@@ -69,61 +70,58 @@ class Row:
     size: int = 64
     rate: float = 0.0  # bytes per second in total; 0: as fast as it goes
     label: str = ""  # of a micro or web row
-    tls: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """``"echo -n 100 -s 64"``, in the load generator's own words; ``ValueError`` for anything else.
-
-        With ``tls`` in front, over TLS.
-        """
+        """``"echo -n 100 -s 64"``, in the load generator's own words; ``ValueError`` for anything else."""
         words = shlex.split(text)
-        tls = words[:1] == ["tls"]
-        if tls:
-            del words[0]
-        loads = TLS_LOADS if tls else LOADS
-        if not words or words[0] not in loads or len(words) % 2 == 0:
+        if not words or words[0] not in LOADS or len(words) % 2 == 0:
             raise ValueError(
-                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', "
-                f"or 'tls' and one of {'|'.join(TLS_LOADS)}, not {text!r}"
+                f"a row is '{'|'.join(LOADS)} [-n CONNECTIONS] [-s BYTES] [-r RATE]', not {text!r}"
             )
         given = dict(zip(words[1::2], words[2::2], strict=True))
         unknown = given.keys() - {"-n", "-s", "-r"}
         if unknown:
             raise ValueError(f"unknown in a row: {', '.join(sorted(unknown))}")
-        return cls(
-            words[0], int(given.get("-n", 1)), int(given.get("-s", 64)), float(given.get("-r", 0)), tls=tls
-        )
+        return cls(words[0], int(given.get("-n", 1)), int(given.get("-s", 64)), float(given.get("-r", 0)))
 
     def __str__(self) -> str:
         if self.label:
             return f"{self.label} -n {self.connections}" if self.mode in ("web", "client") else self.label
-        tls = "tls " if self.tls else ""
-        if self.mode in ("handshake", "resume"):
-            return f"{tls}{self.mode}"
-        if self.mode in ("storm", "source"):
-            return f"{tls}{self.mode} -n {self.connections}"
+        if self.kind not in SIZED:
+            return f"{self.mode} -n {self.connections}"
         rate = f" -r {self.rate:g}" if self.rate else ""
-        return f"{tls}{self.mode} -n {self.connections} -s {self.size}{rate}"
+        return f"{self.mode} -n {self.connections} -s {self.size}{rate}"
+
+    @property
+    def tls(self) -> bool:
+        return self.mode.startswith(TLS)
+
+    @property
+    def kind(self) -> str:
+        """The mode, whether over TLS or not."""
+        return self.mode.removeprefix(TLS)
 
     @property
     def metric(self) -> str:
         """The key of a measurement that says what the server's work cost; less is better."""
-        return "server_cpu_percent_of_core" if self.rate else METRICS[self.mode]
+        return "server_cpu_percent_of_core" if self.rate else METRICS[self.kind]
 
     @property
     def server_mode(self) -> str:
-        return "echo" if self.mode in ("storm", "handshake", "resume") else self.mode
+        kind = "echo" if self.kind in ("storm", "handshake", "resume", "idle") else self.kind
+        return TLS + kind if self.tls else kind
 
     @property
     def needs_new_servers(self) -> bool:
         """A storm measures growth of memory: every round wants a server that hasn't grown yet. And where a
         server still closes thousands of connections when the next round's come, it runs out of descriptors.
         """
-        return self.mode == "storm" or self.connections > MANY_CONNECTIONS
+        return self.kind in ("storm", "idle") or self.connections > MANY_CONNECTIONS
 
     def arguments(self) -> list[str]:
-        words = [self.mode, "-n", str(self.connections), "-s", str(self.size)]
+        """The words for the load generator."""
+        words = [self.kind, "-n", str(self.connections), "-s", str(self.size)]
         return [*words, "-r", str(self.rate)] if self.rate else words
 
 
@@ -199,6 +197,13 @@ class Server:
         self.log.seek(0)
         return self.log.read().decode(errors="replace").strip()[-2000:]
 
+    def complaint(self) -> str | None:
+        """What's wrong with it after a run that could be measured: it has ended, or reported an error."""
+        status = self.process.poll()
+        if status is not None:
+            return f"it ended with status {status}. {self.said()}"
+        return f"it wrote: {said}" if (said := self.said()) else None
+
 
 def raise_descriptor_limit() -> None:
     """Children inherit it: 1,000 connections don't fit in the usual soft limit of 1,024."""
@@ -227,13 +232,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def running(peer: Peer, row: Row, processor: int | None) -> Iterator[Server]:
+def running(peer: Peer, mode: str, processor: int | None) -> Iterator[Server]:
     """Starts a peer and stops it at the end; ``ServerError`` when it doesn't listen in ``START_TIMEOUT``."""
     raise_descriptor_limit()
     with tempfile.TemporaryFile() as log:
         with started_on(processor):
             process = subprocess.Popen(
-                peer.arguments(row.server_mode, certificate=certificate_file() if row.tls else None),
+                peer.arguments(mode),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **peer.environment},
@@ -268,6 +273,8 @@ def load(server: Server, row: Row, settings: Settings, processor: int | None) ->
     if process.returncode:
         reason = errors.decode(errors="replace").strip()
         raise ServerError(f"{server.peer.name}, {row}: {reason}. {server.said()}".strip())
+    if row.tls and (complaint := server.complaint()):
+        raise ServerError(f"{server.peer.name}, {row}: {complaint}")
     measurement: Measurement = json.loads(output)
     return measurement
 
@@ -376,7 +383,7 @@ def run_row(
     """
     result = Result(row, settings, Placement.choose())
     rounds = Rounds(result, raw, on_measurement)
-    peers = [peer for name in names if (peer := usable(name, result.failures))]
+    peers = [peer for name in names if (peer := usable(name, row, result.failures))]
     if row.needs_new_servers:
         run_with_new_servers(peers, rounds)
     else:
@@ -384,9 +391,9 @@ def run_row(
     return result
 
 
-def usable(name: str, failures: dict[str, str]) -> Peer | None:
+def usable(name: str, row: Row, failures: dict[str, str]) -> Peer | None:
     peer = find_peer(name)
-    if reason := peer.missing():
+    if reason := peer.missing(row.server_mode):
         failures[name] = reason
         return None
     return peer
@@ -399,7 +406,7 @@ def run_with_standing_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
     with ExitStack() as stack:
         for peer in peers:
             try:
-                server = running(peer, result.row, result.placement.server)
+                server = running(peer, result.row.server_mode, result.placement.server)
                 servers[peer.name] = stack.enter_context(server)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)
@@ -418,7 +425,7 @@ def run_with_new_servers(peers: Sequence[Peer], rounds: Rounds) -> None:
             if peer.name in result.failures:
                 continue
             try:
-                with running(peer, result.row, result.placement.server) as server:
+                with running(peer, result.row.server_mode, result.placement.server) as server:
                     rounds.measure(server, measured, number)
             except ServerError as failure:
                 result.failures[peer.name] = str(failure)

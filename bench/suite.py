@@ -4,7 +4,7 @@ pytest-benchmark times a function again and again, and then the next one. Server
 on a machine with neighbours: all peers of a row are measured in interleaved rounds when the first of its
 tests runs, and each test plays its own peer's figures back to pytest-benchmark, whose clock is a
 ``Playback``. So the times in its tables, histograms and saved files are CPU time of the server (per request,
-GB, connection or event), one value per round.
+GB, connection or event; bytes of memory for idle connections), one value per round.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 
 import pytest
 
-from bench.judge import LIMIT_PEER, TLS_LIMIT_PEER, judge
-from bench.peers import standard_peers
+from bench.judge import judge, limit_peer
+from bench.peers import standard_peers, tls_peers
 from bench.report import REFERENCE, figures
-from bench.rounds import Placement, Result, Row, Settings, run_row
+from bench.rounds import SIZED, Placement, Result, Row, Settings, run_row
 
 __all__ = [
     "CLOCK",
     "PEERS",
     "STREAM_PEERS",
+    "TLS_PEERS",
     "Board",
     "Workload",
     "current_settings",
@@ -45,6 +46,7 @@ TEST_TIMEOUT = 280
 ROW_BUDGET = 180.0
 
 PEERS = standard_peers()
+TLS_PEERS = tls_peers()
 STREAM_PEERS = [
     "uvloop",
     "uvloop-streams",
@@ -59,6 +61,7 @@ UNITS = {
     "cpu_us_per_connection": 1e-6,
     "cpu_us_per_event": 1e-6,
     "cpu_seconds_per_gigabyte": 1.0,
+    "bytes_per_connection": 1e-9,  # shown as nanoseconds
     "server_cpu_percent_of_core": 0.01,
 }
 
@@ -96,10 +99,8 @@ def row_id(row: Row) -> str:
     paced = "-paced" if row.rate else ""
     if row.label:
         return row.label
-    if row.mode in ("source", "storm"):
+    if row.kind not in SIZED:
         return f"{row.mode}-n{row.connections}"
-    if row.mode in ("handshake", "resume"):
-        return row.mode
     return f"{'' if row.mode == 'echo' else row.mode + '-'}{size}-n{row.connections}{paced}"
 
 
@@ -119,8 +120,7 @@ class Board:
         """The row's figures; measured now if they haven't been."""
         if row not in self.results:
             # Ratios need their denominators, whatever -k has left over.
-            limit = [] if row.mode.startswith("datagram") else [TLS_LIMIT_PEER if row.tls else LIMIT_PEER]
-            needed = [REFERENCE, *limit]
+            needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, limit_peer(row)]
             if any(peer.endswith("-streams") for peer in self.selected[row]):
                 needed.append(f"{REFERENCE}-streams")
             peers = list(dict.fromkeys([*needed, *self.selected[row]]))
@@ -174,8 +174,8 @@ def play_back(benchmark: Any, result: Result, peer: str) -> None:
     A peer that isn't installed skips the test; one that broke fails it. Slowness never does.
     """
     if reason := result.failures.get(peer):
-        if reason.startswith(("no module", "No module")):
-            pytest.skip(f"needs {peer}: {reason}")
+        if reason.startswith(("no ", "No module")):
+            pytest.skip(f"{peer}: {reason}")
         pytest.fail(reason)
     row, unit = result.row, UNITS[result.row.metric]
     values = result.values(peer)

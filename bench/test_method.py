@@ -12,7 +12,7 @@ from bench import rounds
 from bench.callgrind import Count, compare, parse
 from bench.chart import chart
 from bench.judge import estimate, judge, targets, verdict_at_least, verdict_at_most
-from bench.peers import Peer, find_peer, standard_peers
+from bench.peers import Peer, find_peer, standard_peers, tls_peers
 from bench.report import figures, markdown
 from bench.rounds import Placement, Result, Row, Settings
 from bench.suite import Playback
@@ -37,6 +37,12 @@ def made_up(row: Row, costs: dict[str, list[float]]) -> Result:
         ("sink -s 65536 -n 10 -r 125e6", Row("sink", 10, 65536, 125e6)),
         ("source -n 10", Row("source", 10)),
         ("storm -n 10000", Row("storm", 10000)),
+        ("tls-echo -n 10 -s 16384", Row("tls-echo", 10, 16384)),
+        ("tls-sink -n 1 -s 65536 -r 125e6", Row("tls-sink", 1, 65536, 125e6)),
+        ("tls-source -n 10", Row("tls-source", 10)),
+        ("tls-handshake -n 10", Row("tls-handshake", 10)),
+        ("tls-resume -n 10", Row("tls-resume", 10)),
+        ("tls-idle -n 1000 -s 65536", Row("tls-idle", 1000, 65536)),
     ],
 )
 def test_rows_are_read(text: str, row: Row) -> None:
@@ -44,7 +50,9 @@ def test_rows_are_read(text: str, row: Row) -> None:
     assert Row.parse(str(row)) == row
 
 
-@pytest.mark.parametrize("text", ["", "ping", "echo -n", "echo -x 3", "micro", "echo -n many"])
+@pytest.mark.parametrize(
+    "text", ["", "ping", "echo -n", "echo -x 3", "micro", "echo -n many", "handshake", "tls-storm"]
+)
 def test_what_is_no_row(text: str) -> None:
     with pytest.raises(ValueError, match=r"row|literal|float"):
         Row.parse(text)
@@ -99,6 +107,41 @@ def test_a_row_is_judged_by_the_first_target_that_fits() -> None:
     assert share.measured.median == pytest.approx(0.95)
 
 
+def test_a_tls_row_is_judged_by_its_own_targets_and_limit() -> None:
+    ours = "headrace-uring-bytes"
+    costs = {
+        "uvloop": [12.0] * 15,
+        "c-openssl": [9.0] * 15,
+        "aiofastnet-uvloop": [9.5] * 15,
+        ours: [10.0] * 15,
+    }
+    uvloop, aiofastnet = judge(made_up(Row("tls-echo", 100, 64), costs))
+    assert (uvloop.case, uvloop.must, uvloop.goal) == ("TLS echo 64 B, N = 100", 1.10, 1.25)
+    assert uvloop.summary == "must reached, goal not reached"
+    assert (aiofastnet.figure, aiofastnet.must) == ("aiofastnet-uvloop / this", None)
+    assert aiofastnet.summary == "goal not reached"
+    _, share = judge(made_up(Row("tls-sink", 1, 262144), costs))
+    assert (share.figure, share.must, share.must_verdict) == ("c-openssl / this", 0.95, "not reached")
+
+
+def test_idle_memory_is_judged_as_a_ratio_and_paced_load_as_a_figure() -> None:
+    costs = {"uvloop": [248e3] * 15, "headrace-uring-lease": [31e3] * 15}
+    (memory,) = judge(made_up(Row("tls-idle", 1000, 65536), costs))
+    assert memory.measured.median == pytest.approx(8.0)
+    assert memory.summary == "must reached"
+    (paced,) = judge(made_up(Row("tls-sink", 1, 65536, 125e6), {"headrace-uring-lease": [16.0] * 15}))
+    assert paced.summary == "must reached, goal not reached"
+
+
+def test_peers_that_cannot_serve_a_mode_say_why(native_tls: None) -> None:
+    assert find_peer("c-uring").missing("tls-echo") == "no TLS in c-uring"
+    assert find_peer("c-openssl").missing("echo") == "no TCP in c-openssl"
+    peer = Peer("made up", ("true",), needs="headrace", tls_needs="headrace.NoSuchName")
+    assert peer.missing("echo") is None
+    assert peer.missing("tls-echo") == "no headrace.NoSuchName in this version"
+    assert Peer("absent", ("true",), needs="no_such_package").missing() == "no module no_such_package"
+
+
 def test_where_c_is_behind_uvloop_no_more_is_asked() -> None:
     costs = {"uvloop": [8.0] * 15, "c-epoll": [10.0] * 15, "headrace-epoll-lease": [10.0] * 15}
     (judgement,) = judge(made_up(Row("echo", 1000, 100 * 1024), costs))
@@ -107,9 +150,15 @@ def test_where_c_is_behind_uvloop_no_more_is_asked() -> None:
 
 
 def test_every_target_names_peers_that_exist() -> None:
-    peers = [*standard_peers(), "headrace-uring-streams", "headrace-epoll-streams", "uvloop-streams"]
+    peers = [
+        *standard_peers(),
+        *tls_peers(),
+        "headrace-uring-streams",
+        "headrace-epoll-streams",
+        "uvloop-streams",
+    ]
     for target in targets()["ratio"]:
-        assert target["reference"] in peers
+        assert {target["reference"], target.get("not_behind", "uvloop")} <= set(peers)
         assert target["must"] <= target.get("goal", target["must"])
         for peer in target["peers"]:
             find_peer(peer)
@@ -176,6 +225,67 @@ def test_a_server_that_does_not_start_is_left_out(native: None, monkeypatch: pyt
     monkeypatch.setattr(rounds, "find_peer", lambda name: Peer(name, broken))
     result = rounds.run_row(Row("echo"), ["broken"], Settings(rounds=1, seconds=0.05))
     assert "no such thing" in result.failures["broken"]
+
+
+# The words in capitals are replaced.
+TLS_LIAR = """
+import socket, ssl, sys
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[3])
+SETTINGS
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print("READY", listener.getsockname()[1], flush=True)
+    while True:
+        connection = context.wrap_socket(listener.accept()[0], server_side=True)
+        data = connection.recv(65536)
+        while data:
+            connection.sendall(ANSWER)
+            data = connection.recv(65536)
+        ENDING
+        connection.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "answer", "ending", "reason"),
+    [
+        (Row("tls-echo", 1, 3000), "", "bytes(len(data))", "connection.unwrap()", "wrong bytes"),
+        (Row("tls-echo", 1, 3000), "", "data", "", "no close_notify from the server"),
+        (
+            Row("tls-echo", 1, 3000),
+            "",
+            "data",
+            "connection.unwrap(); print('oh', file=sys.stderr, flush=True)",
+            "oh",
+        ),
+        (Row("tls-handshake", 1), "", "b'?'", "connection.unwrap()", "wrong byte"),
+        (Row("tls-resume", 1), "context.num_tickets = 0", "data", "connection.unwrap()", "doesn't resume"),
+    ],
+    ids=["wrong bytes", "no close_notify", "errors written", "wrong byte after a handshake", "no resumption"],
+)
+def test_a_tls_server_that_fails_is_left_out(
+    row: Row,
+    settings: str,
+    answer: str,
+    ending: str,
+    reason: str,
+    native_tls: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = TLS_LIAR.replace("SETTINGS", settings).replace("ANSWER", answer).replace("ENDING", ending)
+    monkeypatch.setattr(rounds, "find_peer", lambda name: Peer(name, (sys.executable, "-c", code)))
+    result = rounds.run_row(row, ["liar"], Settings(rounds=2, seconds=0.05))
+    assert reason in result.failures["liar"]
+
+
+@pytest.mark.parametrize(
+    "row", ["tls-echo -n 2 -s 100000", "tls-handshake -n 2", "tls-resume -n 2", "tls-idle -n 2"]
+)
+def test_a_tls_server_is_measured(row: str, native_tls: None) -> None:
+    result = rounds.run_row(Row.parse(row), ["asyncio"], Settings(rounds=1, seconds=0.05))
+    assert result.failures == {}
+    assert result.peers == ["asyncio"]
+    assert result.values("asyncio")[0] > 0
 
 
 PROFILE = """\

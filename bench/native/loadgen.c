@@ -1,17 +1,20 @@
 /* loadgen: puts load on a server and says what it cost the server. One thread, epoll, one JSON object on stdout.
- * Compiled with -DTLS it's tls_loadgen: the same over TLS 1.3, without looking at the server's certificate.
  *
  * usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [options]
- *        tls_loadgen echo|sink|source|storm|handshake|resume -p PORT [options]
  *
  * echo    each connection sends SIZE bytes, waits until they are back, and sends them again
  * sink    sends SIZE bytes at a time without end, or at RATE in total; the server only receives
  * source  sends one byte, then receives without end
  * storm   opens all connections as fast as it can with one echoed byte each, then leaves them idle:
  *         accept rate, CPU per accepted connection, memory per idle connection
+ * idle    opens connections, has SIZE bytes echoed on each, then leaves them idle: what memory they still take
  * datagram-echo  echo over UDP, one datagram each; what hasn't come back after 0.1 s is sent again
- * handshake  connects, has one byte echoed and closes, again and again; resume does it with the last one's session
  * datagram-sink  sends datagrams of SIZE bytes without end; counted is what the server has answered, one to 16
+ *
+ * Built with -DTLS it is tls_loadgen: echo, sink, source, storm and idle over TLS 1.3, and
+ *
+ * handshake  opens a connection, has one byte echoed, ends it by close_notify, and opens it again
+ * resume     the same, resuming the session of the time before
  *
  *   -n CONNECTIONS (1)   -s BYTES (64)     -t SECONDS measured (1)   -w SECONDS before that (0.3)
  *   -P PID of the server, for its CPU time and memory                -r BYTES per second (sink)
@@ -22,7 +25,8 @@
  * accepting isn't counted. CPU is what the server was on a processor, in nanoseconds: the sum of
  * /proc/PID/task/<thread>/schedstat; its split in user and system comes from /proc/PID/stat in clock ticks.
  *
- * Exit: 0 measured, 1 usage, 2 can't connect, 3 can't send, 4 connection lost, 5 wrong bytes, 6 deadline passed. */
+ * Exit: 0 measured, 1 usage, 2 can't connect, 3 can't send, 4 connection lost, 5 wrong bytes, 6 deadline passed; TLS:
+ * 7 measured, but the server didn't end a connection by close_notify, 8 handshakes weren't of the kind asked for. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -41,12 +45,24 @@
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef TLS
-#include <openssl/err.h>
-#include <openssl/ssl.h>
-#endif
 
-enum exit_status { USAGE = 1, CANT_CONNECT, CANT_SEND, CONNECTION_LOST, WRONG_BYTES, DEADLINE_PASSED };
+enum exit_status {
+    USAGE = 1,
+    CANT_CONNECT,
+    CANT_SEND,
+    CONNECTION_LOST,
+    WRONG_BYTES,
+    DEADLINE_PASSED,
+    UNCLEAN_END,
+    NOT_RESUMED
+};
+
+#ifdef TLS
+#include <openssl/ssl.h>
+#define MODES "echo|sink|source|storm|idle|handshake|resume"
+#else
+#define MODES "echo|sink|source|storm|idle|datagram-echo|datagram-sink"
+#endif
 
 enum {
     EVENTS_PER_WAIT = 512,
@@ -70,6 +86,8 @@ enum {
     /* Datagrams that the server answers once. */
     ANSWERED = 16,
     RESEND_MILLISECONDS = 100,
+    /* From one connection, when what it has is held in memory (TLS). */
+    READS_PER_EVENT = 16,
 };
 
 static const uint64_t SECOND = 1000000000ull;
@@ -78,14 +96,14 @@ static const uint64_t SECOND = 1000000000ull;
 
 static struct {
     const char *mode;
-    int connections, size, port, server_pid, verify, linger;
+    int connections, size, port, server_pid, verify, linger, resume;
     double seconds, warmup, rate, deadline;
 } options = {.connections = 1, .size = 64, .seconds = 1, .warmup = 0.3};
 
 static void parse_options(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: loadgen echo|sink|source|storm|datagram-echo|datagram-sink -p PORT [-n -s -t -w -P -r -D -v -l]\n");
+        fprintf(stderr, "usage: loadgen " MODES " -p PORT [-n -s -t -w -P -r -D -v -l]\n");
         exit(USAGE);
     }
     options.mode = argv[1];
@@ -275,13 +293,18 @@ static double percentile_us(double share, uint64_t count)
 
 struct connection {
     int fd;
-#ifdef TLS
-    SSL *ssl;
-#endif
     int sent, received; /* of the request under way */
     uint64_t begun;
     uint8_t wants_out;
     uint8_t served; /* its first request was answered */
+#ifdef TLS
+    SSL *tls;
+    SSL_SESSION *session; /* the newest that the server gave */
+    const void *unsent;   /* OpenSSL has begun a record with these bytes: they must be written next */
+    size_t unsent_length;
+    uint8_t closing; /* close_notify has gone out */
+    enum { SHAKING_HANDS, ECHOING, ENDING } stage;
+#endif
 };
 
 static struct connection *connections;
@@ -313,108 +336,7 @@ static void raise_descriptor_limit(void)
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-/* ---- what differs between TCP and TLS ---- */
-
-#ifdef TLS
-
-static SSL_CTX *context;
-static SSL_SESSION *session; /* the newest ticket */
-
-static int keep_session(SSL *ssl, SSL_SESSION *newest)
-{
-    (void)ssl;
-    SSL_SESSION_free(session);
-    session = newest;
-    return 1; /* it's ours now */
-}
-
-static void prepare_tls(void)
-{
-    enum { READ_AHEAD = 128 * 1024 };
-    context = SSL_CTX_new(TLS_client_method());
-    SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
-    SSL_CTX_set_ciphersuites(context, "TLS_AES_256_GCM_SHA384");
-    /* Fewer system calls: the load generator must not be what is measured. */
-    SSL_CTX_set_read_ahead(context, 1);
-    SSL_CTX_set_default_read_buffer_len(context, READ_AHEAD);
-    SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
-    SSL_CTX_sess_set_new_cb(context, keep_session);
-    signal(SIGPIPE, SIG_IGN);
-}
-
-/* The handshake, on a socket that still blocks. */
-static void secure(struct connection *connection, int resume)
-{
-    connection->ssl = SSL_new(context);
-    SSL_set_fd(connection->ssl, connection->fd);
-    if (resume && session)
-        SSL_set_session(connection->ssl, session);
-    if (SSL_connect(connection->ssl) != 1) {
-        ERR_print_errors_fp(stderr);
-        stop(CANT_CONNECT, "TLS handshake");
-    }
-}
-
-/* Like send(2) and recv(2), errno included. */
-static ssize_t tls_result(struct connection *connection, int result)
-{
-    if (result > 0)
-        return result;
-    int error = SSL_get_error(connection->ssl, result);
-    if (error == SSL_ERROR_ZERO_RETURN)
-        return 0;
-    errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : ECONNRESET;
-    return -1;
-}
-
-static ssize_t put(struct connection *connection, const char *data, size_t length)
-{
-    ERR_clear_error();
-    return tls_result(connection, SSL_write(connection->ssl, data, (int)length));
-}
-
-static ssize_t take(struct connection *connection, char *data, size_t length, int drop_bytes)
-{
-    (void)drop_bytes;
-    ERR_clear_error();
-    return tls_result(connection, SSL_read(connection->ssl, data, (int)length));
-}
-
-/* Whether there may be more that epoll won't tell of. */
-static int more(struct connection *connection)
-{
-    return SSL_has_pending(connection->ssl);
-}
-
-#else
-
-static void prepare_tls(void) {}
-static void secure(struct connection *connection, int resume)
-{
-    (void)connection;
-    (void)resume;
-}
-
-static ssize_t put(struct connection *connection, const char *data, size_t length)
-{
-    return send(connection->fd, data, length, MSG_NOSIGNAL);
-}
-
-static ssize_t take(struct connection *connection, char *data, size_t length, int drop_bytes)
-{
-    return recv(connection->fd, data, length, drop_bytes ? MSG_TRUNC : 0);
-}
-
-static int more(struct connection *connection)
-{
-    (void)connection;
-    return 0;
-}
-
-#endif
-
-static int connect_to(int index)
+static void connect_socket(struct connection *connection)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -429,20 +351,17 @@ static int connect_to(int index)
     struct sockaddr_in address = {
         .sin_family = AF_INET,
         .sin_port = htons((uint16_t)options.port),
-        .sin_addr.s_addr = htonl(INADDR_LOOPBACK + (uint32_t)(index % SERVER_ADDRESSES)),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK + (uint32_t)((connection - connections) % SERVER_ADDRESSES)),
     };
     if (connect(fd, (struct sockaddr *)&address, sizeof address))
         stop(CANT_CONNECT, "connect");
-    return fd;
+    connection->fd = fd;
 }
 
-static void dial(int index)
+static void watch_connection(struct connection *connection)
 {
-    int fd = connections[index].fd = connect_to(index);
-    secure(&connections[index], 0);
-    fcntl(fd, F_SETFL, O_NONBLOCK);
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &connections[index]};
-    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event);
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = connection};
+    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, connection->fd, &event);
 }
 
 static void want_out(struct connection *connection, int wanted)
@@ -462,11 +381,50 @@ static void mark_served(struct connection *connection)
     }
 }
 
+/* How bytes are sent and received: send(2) and recv(2), or OpenSSL's counterparts with the same results. */
+#ifdef TLS
+static ssize_t put_bytes(struct connection *connection, const void *bytes, size_t length);
+static ssize_t take_bytes(struct connection *connection, void *buffer, size_t length, int drop_bytes);
+static int holds_bytes(const struct connection *connection);
+static void shake_hands(struct connection *connection);
+#else
+static ssize_t put_bytes(struct connection *connection, const void *bytes, size_t length)
+{
+    return send(connection->fd, bytes, length, MSG_NOSIGNAL);
+}
+
+static ssize_t take_bytes(struct connection *connection, void *buffer, size_t length, int drop_bytes)
+{
+    return recv(connection->fd, buffer, length, drop_bytes ? MSG_TRUNC : 0);
+}
+
+/* True when there may be bytes that epoll doesn't know of. */
+static int holds_bytes(const struct connection *connection)
+{
+    (void)connection;
+    return 0;
+}
+
+static void shake_hands(struct connection *connection)
+{
+    (void)connection;
+}
+#endif
+
+static void dial(int index)
+{
+    struct connection *connection = &connections[index];
+    connect_socket(connection);
+    shake_hands(connection);
+    fcntl(connection->fd, F_SETFL, O_NONBLOCK);
+    watch_connection(connection);
+}
+
 /* Bytes received, or 0 when there are none after all. */
 static size_t receive(struct connection *connection, size_t wanted, int drop_bytes)
 {
     size_t length = wanted < RECEIVE_SIZE ? wanted : RECEIVE_SIZE;
-    ssize_t count = take(connection, received_bytes, length, drop_bytes);
+    ssize_t count = take_bytes(connection, received_bytes, length, drop_bytes);
     if (count > 0)
         return (size_t)count;
     if (count < 0 && errno == EAGAIN)
@@ -554,7 +512,7 @@ static void print_result(void)
 static void send_request(struct connection *connection)
 {
     while (connection->sent < options.size) {
-        ssize_t count = put(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
+        ssize_t count = put_bytes(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0) {
             if (errno != EAGAIN)
                 stop(CANT_SEND, "send");
@@ -577,8 +535,8 @@ static void begin_request(struct connection *connection, uint64_t time)
  * if each turn also serves all those accepted so far, opening n of them costs n * n / 2 echoes. */
 static int repeating;
 
-/* How many bytes. */
-static size_t receive_echo(struct connection *connection)
+/* Some of an echo; true when there may be more of it. */
+static int receive_echo(struct connection *connection)
 {
     int drop_bytes = !options.verify && options.size > TRUNCATE_ABOVE;
     size_t count = receive(connection, (size_t)(options.size - connection->received), drop_bytes);
@@ -595,8 +553,9 @@ static size_t receive_echo(struct connection *connection)
         mark_served(connection);
         if (repeating)
             begin_request(connection, time);
+        return 0;
     }
-    return count;
+    return count && holds_bytes(connection);
 }
 
 static void serve_echoes(int timeout)
@@ -607,14 +566,14 @@ static void serve_echoes(int timeout)
         struct connection *connection = events[i].data.ptr;
         if (events[i].events & EPOLLOUT)
             send_request(connection);
-        if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) {
-            while (receive_echo(connection) && more(connection))
-                ;
-        }
+        if (!(events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
+            continue;
+        while (receive_echo(connection))
+            ;
     }
 }
 
-static void run_echo(void)
+static void open_and_echo(void)
 {
     for (int i = 0; i < options.connections; i++) {
         while (i - served >= UNSERVED)
@@ -624,6 +583,11 @@ static void run_echo(void)
     }
     while (served < options.connections)
         serve_echoes(50);
+}
+
+static void run_echo(void)
+{
+    open_and_echo();
     repeating = 1;
     for (int i = 0; i < options.connections; i++)
         begin_request(&connections[i], now());
@@ -645,28 +609,34 @@ static void check_source(size_t count)
     }
 }
 
+/* Some of what the server sends; true when there may be more at hand. */
+static int receive_source(struct connection *connection)
+{
+    size_t length = receive(connection, RECEIVE_SIZE, !options.verify);
+    if (length)
+        mark_served(connection);
+    if (options.verify)
+        check_source(length);
+    measured.bytes += length;
+    return length && holds_bytes(connection);
+}
+
 static void run_source(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++) {
         dial(i);
-        if (put(&connections[i], "g", 1) != 1)
+        if (put_bytes(&connections[i], "g", 1) != 1)
             stop(CANT_SEND, "send");
     }
     plan_measurement();
     while (!measure(now(), served == options.connections)) {
         int count = epoll_wait(epoll_fd, events, EVENTS_PER_WAIT, 50);
         for (int i = 0; i < count; i++) {
-            struct connection *connection = events[i].data.ptr;
-            size_t length;
-            do {
-                length = receive(connection, RECEIVE_SIZE, !options.verify);
-                if (length)
-                    mark_served(connection);
-                if (options.verify)
-                    check_source(length);
-                measured.bytes += length;
-            } while (length && more(connection));
+            for (int reads = 0; reads < READS_PER_EVENT; reads++) {
+                if (!receive_source(events[i].data.ptr))
+                    break;
+            }
         }
     }
 }
@@ -675,14 +645,14 @@ static void run_source(void)
 
 static void send_chunk(struct connection *connection)
 {
-    ssize_t count = put(connection, pattern, (size_t)options.size);
+    ssize_t count = put_bytes(connection, pattern, (size_t)options.size);
     if (count > 0)
         measured.bytes += (uint64_t)count;
     else if (errno != EAGAIN)
         stop(CANT_SEND, "send");
 }
 
-static void run_sink(void)
+static void run_fast_sink(void)
 {
     struct epoll_event events[EVENTS_PER_WAIT];
     for (int i = 0; i < options.connections; i++)
@@ -735,7 +705,7 @@ static void run_paced_sink(void)
             connection = &connections[chunks++ % (uint64_t)options.connections];
             connection->sent = 0;
         }
-        ssize_t count = put(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
+        ssize_t count = put_bytes(connection, pattern + connection->sent, (size_t)(options.size - connection->sent));
         if (count < 0 && errno != EAGAIN)
             stop(CANT_SEND, "send");
         if (count > 0) {
@@ -745,7 +715,54 @@ static void run_paced_sink(void)
     }
 }
 
-/* ---- storm ---- */
+static void run_sink(void)
+{
+    (options.rate > 0 ? run_paced_sink : run_fast_sink)();
+}
+
+/* ---- storm, idle ---- */
+
+/* What opening all connections took. */
+static struct {
+    long kib;
+    uint64_t begun, end;
+    struct usage before, after;
+} opening;
+
+static void begin_opening(void)
+{
+    opening.kib = server_resident_kib();
+    opening.before = server_usage();
+    opening.begun = now();
+}
+
+static void end_opening(void)
+{
+    opening.end = now();
+    opening.after = server_usage();
+}
+
+static void print_connections(void)
+{
+    int n = options.connections;
+    double seconds = (double)(opening.end - opening.begun) / 1e9;
+    /* Memory when everything is at rest, not in the middle of the last turn. */
+    usleep(SETTLE_MICROSECONDS);
+    long after_kib = server_resident_kib();
+    printf("{\"mode\": \"%s\", \"connections\": %d", options.mode, n);
+    print_usage(&opening.before, &opening.after, seconds, 0);
+    printf(", \"accepts_per_second\": %.1f, \"cpu_us_per_connection\": %.4f", n / seconds,
+           (double)(opening.after.on_cpu - opening.before.on_cpu) / 1e3 / n);
+    printf(", \"resident_kib_before\": %ld, \"resident_kib_after\": %ld, \"bytes_per_connection\": %.1f}\n",
+           opening.kib, after_kib, (double)(after_kib - opening.kib) * 1024 / n);
+}
+
+static void run_idle(void)
+{
+    begin_opening();
+    open_and_echo();
+    end_opening();
+}
 
 static void collect_storm_echoes(int timeout)
 {
@@ -759,69 +776,22 @@ static void collect_storm_echoes(int timeout)
 
 static void run_storm(void)
 {
-    long before_kib = server_resident_kib();
-    struct usage before = server_usage();
-    uint64_t begun = now();
+    begin_opening();
     for (int i = 0; i < options.connections; i++) {
         while (i - served >= UNSERVED)
             collect_storm_echoes(100);
         dial(i);
-        if (put(&connections[i], pattern, 1) != 1)
+        if (put_bytes(&connections[i], pattern, 1) != 1)
             stop(CANT_SEND, "send");
         if (i % DIALS_PER_POLL == 0)
             collect_storm_echoes(0);
     }
     while (served < options.connections)
         collect_storm_echoes(100);
-    double seconds = (double)(now() - begun) / 1e9;
-    struct usage after = server_usage();
-    /* Memory when everything is at rest, not in the middle of the last turn. */
-    usleep(SETTLE_MICROSECONDS);
-    long after_kib = server_resident_kib();
-
-    int n = options.connections;
-    printf("{\"mode\": \"storm\", \"connections\": %d", n);
-    print_usage(&before, &after, seconds, 0);
-    printf(", \"accepts_per_second\": %.1f, \"cpu_us_per_connection\": %.4f", n / seconds,
-           (double)(after.on_cpu - before.on_cpu) / 1e3 / n);
-    printf(", \"resident_kib_before\": %ld, \"resident_kib_after\": %ld, \"bytes_per_connection\": %.1f}\n", before_kib,
-           after_kib, (double)(after_kib - before_kib) * 1024 / n);
+    end_opening();
 }
 
-#ifdef TLS
-
-/* ---- handshakes ---- */
-
-/* One connection after the other. The echoed byte comes behind the tickets, so that they are read as well. */
-static void run_handshakes(int resume)
-{
-    struct connection *connection = &connections[0];
-    uint64_t resumed = 0, all = 0;
-    plan_measurement();
-    while (!measure(now(), 1)) {
-        uint64_t begun = now();
-        connection->fd = connect_to(0);
-        secure(connection, resume);
-        if (put(connection, "h", 1) != 1 || take(connection, received_bytes, 1, 0) != 1 || received_bytes[0] != 'h')
-            stop(CONNECTION_LOST, "one byte behind the handshake");
-        all++;
-        resumed += (uint64_t)SSL_session_reused(connection->ssl);
-        /* Else OpenSSL takes the session for a broken one. */
-        SSL_set_shutdown(connection->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN);
-        SSL_free(connection->ssl);
-        close(connection->fd);
-        histogram[step_of(now() - begun)]++;
-        measured.requests++;
-    }
-    if (resumed != (resume ? all - 1 : 0)) {
-        fprintf(stderr, "%llu of %llu handshakes resumed a session\n", (unsigned long long)resumed,
-                (unsigned long long)all);
-        exit(WRONG_BYTES);
-    }
-}
-
-#else
-
+#ifndef TLS
 /* ---- datagrams ---- */
 
 static void dial_datagrams(int index)
@@ -914,42 +884,57 @@ static void run_datagram_sink(void)
     measured.lost = sent > measured.requests ? sent - measured.requests : 0;
 }
 
+static void set_up_tls(void)
+{
+}
+
+/* The end of the process resets them. */
+static void end_connections(void)
+{
+}
+#else
+#include "tls_client.h"
 #endif
+
+static const struct load {
+    const char *name;
+    void (*run)(void), (*print)(void), (*end)(void);
+} loads[] = {
+    {"echo", run_echo, print_result, end_connections},
+    {"sink", run_sink, print_result, end_connections},
+    {"source", run_source, print_result, end_connections},
+    {"storm", run_storm, print_connections, end_connections},
+    {"idle", run_idle, print_connections, end_connections},
+#ifdef TLS
+    {"handshake", run_handshakes, print_result, end_handshakes},
+    {"resume", run_resumptions, print_result, end_handshakes},
+#else
+    {"datagram-echo", run_datagram_echo, print_result, end_connections},
+    {"datagram-sink", run_datagram_sink, print_result, end_connections},
+#endif
+};
+
+static const struct load *find_load(void)
+{
+    for (size_t i = 0; i < sizeof loads / sizeof *loads; i++) {
+        if (!strcmp(options.mode, loads[i].name))
+            return &loads[i];
+    }
+    fprintf(stderr, "unknown mode %s: " MODES "\n", options.mode);
+    exit(USAGE);
+}
 
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
+    const struct load *load = find_load();
     set_deadline();
     raise_descriptor_limit();
     fill_buffers();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    prepare_tls();
-
-    if (!strcmp(options.mode, "storm")) {
-        run_storm();
-        return 0;
-    }
-    if (!strcmp(options.mode, "echo"))
-        run_echo();
-    else if (!strcmp(options.mode, "source"))
-        run_source();
-#ifdef TLS
-    else if (!strcmp(options.mode, "handshake") || !strcmp(options.mode, "resume"))
-        run_handshakes(!strcmp(options.mode, "resume"));
-#else
-    else if (!strcmp(options.mode, "datagram-echo"))
-        run_datagram_echo();
-    else if (!strcmp(options.mode, "datagram-sink"))
-        run_datagram_sink();
-#endif
-    else if (!strcmp(options.mode, "sink") && options.rate > 0)
-        run_paced_sink();
-    else if (!strcmp(options.mode, "sink"))
-        run_sink();
-    else {
-        fprintf(stderr, "unknown mode %s: echo, sink, source, storm, datagram-echo or datagram-sink\n", options.mode);
-        return USAGE;
-    }
-    print_result();
+    set_up_tls();
+    load->run();
+    load->print();
+    load->end();
     return 0;
 }

@@ -1,12 +1,13 @@
 """One server on one asyncio-compatible loop, for the load generator.
 
-usage: loop_server.py LOOP KIND PORT MODE [--tls PEM]
+usage: loop_server.py LOOP KIND PORT MODE [CERTIFICATE]
 
 LOOP: asyncio, uvloop, rloop, aiofastnet, aiofastnet-uvloop or headrace (on the engine that HEADRACE_ENGINE names)
 KIND: bytes (asyncio.Protocol), buffered (asyncio.BufferedProtocol), streams (asyncio streams) or, on
       headrace, lease (headrace.Protocol)
 MODE: echo, sink (receive and forget) or source (send without end after the first byte); on UDP, with bytes,
-      datagram-echo or datagram-sink (every 16th is answered)
+      datagram-echo or datagram-sink (every 16th is answered); tls-echo, tls-sink and tls-source are the first
+      three over TLS 1.3, with the certificate and its key in that PEM file
 
 Default settings, no tuning, the same code for every loop. Prints ``READY <port>`` when it listens.
 """
@@ -200,30 +201,27 @@ def stream_handler(mode: str) -> Callable[[asyncio.StreamReader, asyncio.StreamW
     return handle
 
 
-def security(pem: str | None, kind: str) -> dict[str, Any]:
-    """What create_server is told: asyncio's ``ssl=``, and for headrace.Protocol headrace's own."""
-    if pem is None:
-        return {}
+def new_loop(name: str) -> asyncio.AbstractEventLoop:
+    package, _, base = name.partition("-")
+    factory: Callable[[], asyncio.AbstractEventLoop]
+    if package == "aiofastnet":
+        factory = importlib.import_module(base or "asyncio").new_event_loop
+        factory = importlib.import_module(package).loop_factory(factory)
+    else:
+        factory = importlib.import_module(package).new_event_loop
+    return factory()
+
+
+def tls_arguments(kind: str, certificate: str) -> dict[str, Any]:
+    """What makes a server one of TLS: nothing is tuned but that it's TLS 1.3 for all."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(pem)
+    context.load_cert_chain(certificate)
     if kind != "lease":
         return {"ssl": context}
-    from headrace import TLS
+    import headrace
 
-    return {"security": TLS(context=context, truncation="eof")}
-
-
-def new_loop(name: str) -> asyncio.AbstractEventLoop:
-    if name.startswith("aiofastnet"):
-        import aiofastnet
-
-        below = [importlib.import_module("uvloop").new_event_loop] if name.endswith("uvloop") else []
-        made: asyncio.AbstractEventLoop = aiofastnet.loop_factory(*below)()
-        return made
-    module = importlib.import_module(name)
-    loop: asyncio.AbstractEventLoop = module.new_event_loop()
-    return loop
+    return {"security": headrace.TLS(context=context)}
 
 
 def check_engine(loop: Any) -> None:
@@ -242,18 +240,22 @@ async def serve_datagrams(name: str, port: int, mode: str) -> None:
     await asyncio.Event().wait()
 
 
-async def main(name: str, kind: str, port: int, mode: str, pem: str | None) -> None:
+async def main(name: str, kind: str, port: int, mode: str, certificate: str | None = None) -> None:
     if mode in DATAGRAMS:
         await serve_datagrams(name, port, mode)
         return
-    listener = socket.socket()
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is, as it does for a host and a port.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("0.0.0.0", port))
     listener.setblocking(False)
     bound_port = listener.getsockname()[1]  # asked now: rloop takes the descriptor out of the socket
-    loop: Any = asyncio.get_running_loop()
-    options = {"sock": listener, "backlog": BACKLOG, **security(pem, kind)}
+    loop = asyncio.get_running_loop()
     server: asyncio.AbstractServer
+    options: dict[str, Any] = {"sock": listener, "backlog": BACKLOG}
+    if certificate:
+        mode = mode.removeprefix("tls-")
+        options |= tls_arguments(kind, certificate)
     if kind == "streams":
         server = await asyncio.start_server(stream_handler(mode), **options)
     else:
@@ -266,9 +268,8 @@ async def main(name: str, kind: str, port: int, mode: str, pem: str | None) -> N
 
 
 if __name__ == "__main__":
-    loop_name, kind_name, port_text, mode_name = sys.argv[1:5]
-    certificate = sys.argv[6] if len(sys.argv) > 5 else None
+    loop_name, kind_name, port_text, mode_name, *certificates = sys.argv[1:]
     if loop_name == "headrace":
         add_lease_protocols()
     with asyncio.Runner(loop_factory=lambda: new_loop(loop_name)) as runner:
-        runner.run(main(loop_name, kind_name, int(port_text), mode_name, certificate))
+        runner.run(main(loop_name, kind_name, int(port_text), mode_name, *certificates))

@@ -1,12 +1,14 @@
 """The Twisted server: its epoll reactor, default settings, the same work as ``loop_server.py``.
 
-usage: twisted_server.py PORT echo|sink|source [--tls PEM]
+usage: twisted_server.py PORT echo|sink|source
+       twisted_server.py PORT tls-echo|tls-sink|tls-source CERTIFICATE
 """
 
 # ruff: noqa: N802 (the names are Twisted's)
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from twisted.internet import epollreactor
@@ -50,20 +52,23 @@ class Source(Server):
         """The connection is gone: nothing to stop."""
 
 
-def main(port: int, mode: str, pem: str | None) -> None:
+def listen(port: int, factory: protocol.Factory, certificate: str | None) -> Any:
     tcp: Any = reactor  # a module to the eye, the reactor in truth
-    factory = protocol.Factory.forProtocol({"echo": Echo, "sink": Sink, "source": Source}[mode])
-    if pem is None:
-        listening = tcp.listenTCP(port, factory, backlog=BACKLOG)
-    else:
-        from OpenSSL import SSL
-        from twisted.internet import ssl
+    if not certificate:
+        return tcp.listenTCP(port, factory, backlog=BACKLOG)
+    from twisted.internet import ssl
 
-        contexts = ssl.DefaultOpenSSLContextFactory(pem, pem, sslmethod=SSL.TLS_METHOD)  # type: ignore[no-untyped-call]
-        listening = tcp.listenSSL(port, factory, contexts, backlog=BACKLOG)
+    options = ssl.PrivateCertificate.loadPEM(Path(certificate).read_bytes()).options()
+    return tcp.listenSSL(port, factory, options, backlog=BACKLOG)
+
+
+def main(port: int, mode: str, certificate: str | None = None) -> None:
+    tcp: Any = reactor
+    serve = {"echo": Echo, "sink": Sink, "source": Source}[mode.removeprefix("tls-")]
+    listening = listen(port, protocol.Factory.forProtocol(serve), certificate)
     tcp.callWhenRunning(lambda: print("READY", listening.getHost().port, flush=True))
     tcp.run()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[4] if len(sys.argv) > 3 else None)
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -366,17 +366,12 @@ class TLSLayer(SecurityLayer):
         return True
 
     def _deadline_error(self) -> Exception:
-        seconds = self._handshake_timeout
-        if self._settings is not None:
-            return HandshakeError(f"the TLS handshake took longer than {seconds:g} s")
-        return ConnectionAbortedError(
-            f"SSL handshake is taking longer than {seconds} seconds: aborting the connection"
-        )
+        return HandshakeError(f"the TLS handshake took longer than {self._handshake_timeout:g} s")
 
     # ---- the end ---------------------------------------------------------------------------------------------
 
     def _truncation(self) -> Exception | None:
-        if self._settings is None or self._settings.truncation == "eof":
+        if self._settings is not None and self._settings.truncation == "eof":
             return None
         return TruncatedError(
             "the peer ended the connection without a TLS close_notify: what came may not be all "
@@ -384,15 +379,10 @@ class TLSLayer(SecurityLayer):
         )
 
     def _tells_failures(self) -> bool:
-        return self._settings is not None
+        return True
 
     def _half_closes(self) -> bool:
-        return self._settings is not None
-
-    def _shutdown_error(self, unsent: int) -> Exception | None:
-        if self._settings is None:
-            return TimeoutError("SSL shutdown timed out")
-        return super()._shutdown_error(unsent)
+        return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         settings = self._settings
@@ -403,16 +393,6 @@ class TLSLayer(SecurityLayer):
         super().connection_lost(exc)
 
     # ---- what it is ------------------------------------------------------------------------------------------
-
-    @property
-    def _ssl_protocol(self) -> TLSLayer:
-        """What asyncio calls the half that is a protocol."""
-        return self
-
-    def _test__append_write_backlog(self, data: bytes) -> None:
-        """CPython's own tests queue something behind the transport's back with it."""
-        self._queue.append(data)
-        self._queued += len(data)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """``security``, ``sslcontext``, ``ssl_object``, ``peercert``, ``cipher``, ``compression``; else what the
@@ -458,6 +438,39 @@ class TLSLayer(SecurityLayer):
         return self._settings is not None and self._settings._certificate is not None
 
 
+class SSLTransport(TLSLayer):
+    """The same with asyncio's ways, for ``ssl=`` and ``start_tls``."""
+
+    __slots__ = ()
+
+    def _deadline_error(self) -> Exception:
+        return ConnectionAbortedError(
+            f"SSL handshake is taking longer than {self._handshake_timeout} seconds: aborting the connection"
+        )
+
+    def _truncation(self) -> Exception | None:
+        return None
+
+    def _tells_failures(self) -> bool:
+        return False
+
+    def _half_closes(self) -> bool:
+        return False
+
+    def _shutdown_error(self, unsent: int) -> Exception | None:
+        return TimeoutError("SSL shutdown timed out")
+
+    @property
+    def _ssl_protocol(self) -> SSLTransport:
+        """What asyncio calls the half that is a protocol."""
+        return self
+
+    def _test__append_write_backlog(self, data: bytes) -> None:
+        """CPython's own tests queue something behind the transport's back with it."""
+        self._queue.append(data)
+        self._queued += len(data)
+
+
 OF_SSL_OBJECT: dict[str, Callable[[ssl.SSLObject], Any]] = {
     "ssl_object": lambda ours: ours,
     "sslcontext": lambda ours: ours.context,
@@ -478,7 +491,7 @@ def asyncio_layer(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
     connected: bool = False,
-) -> TLSLayer:
+) -> SSLTransport:
     """A layer that behaves as asyncio's ``SSLProtocol``; for ``ssl=`` and ``start_tls``."""
     for name, value in (
         ("ssl_handshake_timeout", ssl_handshake_timeout),
@@ -490,13 +503,14 @@ def asyncio_layer(
         if server_side:
             raise ValueError("Server side SSL needs a valid SSLContext")
         context = ssl.create_default_context()
-        context.check_hostname = bool(server_hostname)
+        if not server_hostname:
+            context.check_hostname = False
     core = TLSCore(
         context,
         server_side=server_side,
         server_hostname=(server_hostname or None) if not server_side else None,
     )
-    layer = TLSLayer(
+    layer = SSLTransport(
         loop,
         protocol,
         core,
