@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDenied",
+    "AuthenticationError",
     "CertificateError",
     "EngineError",
     "EngineUnavailable",
@@ -43,6 +44,23 @@ class SecurityError(HeadraceError, ConnectionError):
 
 class HandshakeError(SecurityError):
     """A handshake didn't come to its end: it took too long, gave way to others, or the peer lacks what is demanded."""
+
+
+class AuthenticationError(HandshakeError):
+    """Kerberos or NTLM has failed; the text says what, and what to do about it.
+
+    Attributes
+    ----------
+    code : int
+        What [MS-NNS] section 2.2.1 has the peer told: an HRESULT or a Windows error number.
+    token : bytes or None
+        What the mechanism itself would have the peer told; never shown.
+    """
+
+    def __init__(self, message: str, *, code: int = 0x80090308, token: bytes | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.token = token
 
 
 class AccessDenied(HandshakeError):  # noqa: N818  # the field's own name for it

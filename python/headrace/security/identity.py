@@ -9,7 +9,7 @@ from typing import Literal
 __all__ = ["KINDS", "Identity", "SecurityInfo"]
 
 # What a name may be, and what stands before it.
-KINDS = ("dns", "uri", "email", "ip", "subject", "principal")
+KINDS = ("dns", "uri", "email", "ip", "subject", "principal", "realm", "user", "domain", "sid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,9 @@ class Identity:
     names : tuple of str
         All names that the peer was authenticated under, each with its kind before it: ``"dns:example.org"``,
         ``"uri:spiffe://example.org/a"``, ``"email:a@example.org"``, ``"ip:192.0.2.1"``, ``"subject:CN=a,O=b"``
-        (RFC 4514), ``"principal:alice@EXAMPLE.ORG"``. Access lists go by these.
+        (RFC 4514); of Kerberos ``"principal:alice@EXAMPLE.ORG"``, ``"realm:EXAMPLE.ORG"`` and, where the KDC vouches
+        for them, the SIDs of the account and its groups, ``"sid:S-1-5-21-..."``; of NTLM ``"user:DOMAIN\\alice"``
+        and ``"domain:DOMAIN"``. Access lists go by these.
     certificate : bytes or None
         The peer's, DER.
     """
