@@ -21,7 +21,9 @@ from headrace._pool import BufferPool
 from headrace._stream import StreamTransport
 from headrace._uring import UringEngine
 from headrace.errors import EngineUnavailable
-from headrace.security.tls import TLS, asyncio_layer
+from headrace.security.settings import Secured, Security, connect_layers, serve_layers, stack_of
+from headrace.security.steps import StepThreads
+from headrace.security.tls import asyncio_layer
 from headrace.sockets import SocketOperations
 from headrace.stats import LoopStats
 from headrace.subprocesses import ChildProcesses, can_wait_on_pidfd, program_has_child_watcher
@@ -314,10 +316,11 @@ class EventLoop(SocketOperations):
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         *args: Any,
-        security: TLS | None = None,
+        security: Secured | None = None,
         **options: Any,
     ) -> asyncio.Server:
-        """See :meth:`asyncio.loop.create_server`; with ``security=headrace.TLS(...)`` its connections are secured.
+        """See :meth:`asyncio.loop.create_server`; with ``security=`` its connections are secured: by a
+        :class:`headrace.TLS`, a :class:`headrace.Negotiate`, or a list of them, the outermost first.
 
         The protocol hears of a connection when its handshake is done and the peer is let in.
         """
@@ -328,7 +331,7 @@ class EventLoop(SocketOperations):
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         *args: Any,
-        security: TLS | None = None,
+        security: Secured | None = None,
         **options: Any,
     ) -> asyncio.Server:
         """See :meth:`asyncio.loop.create_unix_server` and ``create_server``."""
@@ -338,14 +341,16 @@ class EventLoop(SocketOperations):
     def _secured(
         self,
         protocol_factory: Callable[[], asyncio.BaseProtocol],
-        security: TLS | None,
+        security: Secured | None,
         options: dict[str, Any],
     ) -> Callable[[], asyncio.BaseProtocol]:
         if security is None:
             return protocol_factory
         refuse_both(options)
-        security.server_contexts()  # files that can't be used are an error now, not at the first connection
-        return lambda: security.server_layer(self, protocol_factory())
+        stack = stack_of(security)
+        for one in stack:
+            one.check_server()  # files that can't be used are an error now, not at the first connection
+        return lambda: serve_layers(self, stack, protocol_factory())
 
     async def create_connection(
         self,
@@ -353,11 +358,12 @@ class EventLoop(SocketOperations):
         host: Any = None,
         port: Any = None,
         *,
-        security: TLS | None = None,
+        security: Secured | None = None,
         server_hostname: str | None = None,
         **options: Any,
     ) -> tuple[Any, Any]:
-        """See :meth:`asyncio.loop.create_connection`; with ``security=headrace.TLS(...)`` the connection is secured.
+        """See :meth:`asyncio.loop.create_connection`; with ``security=`` the connection is secured, as those of
+        ``create_server``.
 
         ``server_hostname`` is what the server's certificate must be for; by default ``host``.
         """
@@ -379,7 +385,7 @@ class EventLoop(SocketOperations):
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         path: Any = None,
         *,
-        security: TLS | None = None,
+        security: Secured | None = None,
         server_hostname: str | None = None,
         **options: Any,
     ) -> tuple[Any, Any]:
@@ -400,30 +406,29 @@ class EventLoop(SocketOperations):
         self,
         connect: Callable[[Callable[[], asyncio.BaseProtocol]], Coroutine[Any, Any, tuple[Any, Any]]],
         protocol_factory: Callable[[], asyncio.BaseProtocol],
-        security: TLS,
+        security: Secured,
         server_hostname: str | None,
     ) -> tuple[Any, Any]:
-        if server_hostname is None:
-            raise ValueError(
-                "tell what the server's certificate is to be for: server_hostname= is needed without a host"
-            )
-        security.client_context()
+        stack = stack_of(security)
+        for one in stack:
+            one.check_client(server_hostname)
         waiter = self.create_future()
         protocol = protocol_factory()
-        layer = security.client_layer(self, protocol, server_hostname, waiter=waiter)
+        layers = connect_layers(self, stack, protocol, server_hostname, waiter)
         try:
-            await connect(lambda: layer)
+            await connect(lambda: layers[-1])
             await waiter
         except BaseException:
-            layer.abort()
+            for layer in layers:
+                layer.abort()
             raise
-        return layer, protocol
+        return layers[0], protocol
 
     async def start_tls(
         self,
         transport: asyncio.BaseTransport,
         protocol: asyncio.BaseProtocol,
-        sslcontext: ssl.SSLContext | TLS,
+        sslcontext: ssl.SSLContext | Security,
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
@@ -438,7 +443,8 @@ class EventLoop(SocketOperations):
         Raises
         ------
         TypeError
-            For what is neither an ``SSLContext`` nor a :class:`headrace.TLS`, and a transport that can't be upgraded.
+            For what is neither an ``SSLContext`` nor a ``security=`` (a :class:`headrace.TLS` or
+            :class:`headrace.Negotiate`), and a transport that can't be upgraded.
         ConnectionResetError
             If the transport is closing already, or the peer leaves.
         ssl.SSLError
@@ -454,6 +460,24 @@ class EventLoop(SocketOperations):
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
+
+    async def start_security(
+        self,
+        transport: asyncio.BaseTransport,
+        protocol: asyncio.BaseProtocol,
+        security: Security,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> asyncio.Transport:
+        """Secures a connection from here on, as ``start_tls`` does, by whatever ``security=`` takes."""
+        return await self.start_tls(
+            transport, protocol, security, server_side=server_side, server_hostname=server_hostname
+        )
+
+    def _do_step(self, threads: StepThreads, step: Callable[[], None]) -> None:
+        """Does an authentication's step, which may block, and which tells the loop when it's done."""
+        threads.submit(step)
 
     def _accepted_socket(self, fd: int, family: int, type: int, proto: int) -> socket.socket:
         """A socket object for an accepted descriptor; made only when somebody asks for it."""

@@ -14,7 +14,9 @@ import asyncio
 import ssl
 from typing import TYPE_CHECKING, Any
 
-from headrace.security.tls import TLS, TLSLayer, asyncio_layer
+from headrace.security.layer import SecurityLayer
+from headrace.security.settings import Security
+from headrace.security.tls import asyncio_layer
 
 if TYPE_CHECKING:
     from headrace.loop import EventLoop
@@ -26,9 +28,9 @@ async def start_tls(
     loop: EventLoop,
     transport: Any,
     protocol: asyncio.BaseProtocol,
-    context: ssl.SSLContext | TLS,
+    context: ssl.SSLContext | Security,
     **options: Any,
-) -> TLSLayer:
+) -> SecurityLayer:
     """See ``EventLoop.start_tls``; the options are those of ``asyncio_layer``."""
     check(transport, context)
     handshake = loop.create_future()
@@ -47,7 +49,7 @@ async def start_tls(
     steps = [
         loop.call_soon(tls.connection_made, transport),
         loop.call_soon(hand_over, tls, ahead, ended),
-        loop.call_soon(transport.resume_reading),
+        loop.call_soon(read_on, tls, transport),
     ]
     try:
         await handshake
@@ -62,14 +64,14 @@ async def start_tls(
 def make_layer(
     loop: EventLoop,
     protocol: asyncio.BaseProtocol,
-    context: ssl.SSLContext | TLS,
+    context: ssl.SSLContext | Security,
     handshake: asyncio.Future[None],
     *,
     server_side: bool,
     server_hostname: str | None,
     ssl_handshake_timeout: float | None,
     ssl_shutdown_timeout: float | None,
-) -> TLSLayer:
+) -> SecurityLayer:
     if isinstance(context, ssl.SSLContext):
         return asyncio_layer(
             loop,
@@ -84,12 +86,14 @@ def make_layer(
         )
     limits = {"handshake_timeout": ssl_handshake_timeout, "shutdown_timeout": ssl_shutdown_timeout}
     if server_side:
+        context.check_server()
         return context.server_layer(loop, protocol, waiter=handshake, connected=True, **limits)
+    context.check_client(server_hostname)
     return context.client_layer(loop, protocol, server_hostname, waiter=handshake, connected=True, **limits)
 
 
 def check(transport: Any, context: object) -> None:
-    if not isinstance(context, (ssl.SSLContext, TLS)):
+    if not isinstance(context, (ssl.SSLContext, Security)):
         raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
     if not getattr(transport, "_start_tls_compatible", False):
         raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -106,8 +110,13 @@ def take_read_ahead(reader: Any) -> tuple[bytes, bool]:
     return ahead, ended
 
 
-def hand_over(tls: TLSLayer, ahead: bytes, ended: bool) -> None:
+def hand_over(tls: SecurityLayer, ahead: bytes, ended: bool) -> None:
     if ahead:
         tls.data_received(ahead)
     if ended:
         tls.eof_received()
+
+
+def read_on(layer: SecurityLayer, transport: Any) -> None:
+    if not layer._lower_held:  # by an authentication that has its first step to do
+        transport.resume_reading()

@@ -8,34 +8,13 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Literal, Protocol, TypeAlias
 
-from headrace.security.identity import Identity
+from headrace.security.identity import Identity, ImpersonationLevel, ProtectionLevel
 
 __all__ = ["ContextResult", "ImpersonationLevel", "MessageProtection", "ProtectionLevel", "SecurityContext"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-
-
-class ProtectionLevel(IntEnum):
-    """What is done to messages; .NET's names and values."""
-
-    NONE = 0
-    SIGN = 1
-    ENCRYPT_AND_SIGN = 2
-
-
-class ImpersonationLevel(IntEnum):
-    """What a server may do with its client's identity; .NET's names and values ([MS-NNS] section 2.2.2).
-
-    IDENTIFICATION: know it, and decide by it. IMPERSONATION: act as the client on the same machine; to a server on
-    Linux it's the same. DELEGATION: act as the client towards other servers, with the ticket that it forwarded.
-    """
-
-    IDENTIFICATION = 2
-    IMPERSONATION = 3
-    DELEGATION = 4
 
 
 class MessageProtection(Protocol):

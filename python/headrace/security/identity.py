@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import IntEnum
+from typing import Any, Literal
 
-__all__ = ["KINDS", "Identity", "SecurityInfo"]
+__all__ = ["KINDS", "Identity", "ImpersonationLevel", "ProtectionLevel", "SecurityInfo"]
 
 # What a name may be, and what stands before it.
 KINDS = ("dns", "uri", "email", "ip", "subject", "principal", "realm", "user", "domain", "sid")
+
+
+class ProtectionLevel(IntEnum):
+    """What is done to messages; .NET's names and values."""
+
+    NONE = 0
+    SIGN = 1
+    ENCRYPT_AND_SIGN = 2
+
+
+class ImpersonationLevel(IntEnum):
+    """What a server may do with its client's identity; .NET's names and values ([MS-NNS] section 2.2.2).
+
+    IDENTIFICATION: know it, and decide by it. IMPERSONATION: act as the client on the same machine; to a server on
+    Linux it's the same. DELEGATION: act as the client towards other servers, with the ticket that it forwarded.
+    """
+
+    IDENTIFICATION = 2
+    IMPERSONATION = 3
+    DELEGATION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +63,9 @@ class SecurityInfo:
     Attributes
     ----------
     protocol : str
-        ``"TLSv1.3"``, ``"TLSv1.2"``.
+        ``"TLSv1.3"``, ``"TLSv1.2"``, ``"NegotiateStream"``.
     mechanism : str
-        The cipher suite.
+        The cipher suite; ``"kerberos"`` or ``"ntlm"``.
     protection : {"encrypt", "sign", "none"}
     is_server : bool
         Which end this is.
@@ -53,15 +74,21 @@ class SecurityInfo:
     remote_identity : Identity or None
         None for a peer that nobody vouches for.
     expires_at : datetime or None
-        When the peer's certificate does; aware, UTC.
+        When the peer's certificate, or the client's Kerberos ticket, does; aware, UTC.
     alpn_protocol : str or None
         The application protocol that was agreed on (RFC 7301).
     resumed : bool
         Whether an earlier session was resumed.
     channel_binding : bytes or None
         ``tls-server-end-point`` (RFC 5929 section 4), without a prefix; None where it isn't defined or not known.
-    impersonation_level : None
-        TLS has none.
+    impersonation_level : ImpersonationLevel or None
+        What the server may do with its client's identity; TLS has none.
+    delegated : object or None
+        A server's: the credentials that its client forwarded, a ``gssapi.Credentials``.
+    channel_bound : bool
+        Both sides named the same TLS channel around this authentication.
+    channel : SecurityInfo or None
+        Of the layer around this one, such as TLS around Kerberos.
     """
 
     protocol: str
@@ -74,7 +101,10 @@ class SecurityInfo:
     alpn_protocol: str | None = None
     resumed: bool = False
     channel_binding: bytes | None = None
-    impersonation_level: None = None
+    impersonation_level: ImpersonationLevel | None = None
+    delegated: Any = field(default=None, repr=False)
+    channel_bound: bool = False
+    channel: SecurityInfo | None = None
 
     @property
     def is_encrypted(self) -> bool:

@@ -32,13 +32,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from typing import Protocol as TypingProtocol
 
 from headrace._pool import Lease
-from headrace.errors import SecurityError, StalledError
+from headrace.errors import AccessDenied, SecurityError, StalledError
 from headrace.protocol import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Iterable
 
     from headrace.loop import EventLoop
+    from headrace.security.access import AccessList
+    from headrace.security.identity import Identity
 
 __all__ = ["Core", "SecurityLayer"]
 
@@ -104,7 +106,9 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
 
     __slots__ = (
         "__weakref__",
+        "_access",
         "_answers",
+        "_asking",
         "_closing",
         "_conn_lost",
         "_connected",
@@ -139,6 +143,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
     _start_tls_compatible = True
     _sendfile_compatible = constants._SendfileMode.FALLBACK
     _core: Any  # a Core
+    _slice = SLICE  # bytes of plaintext that are encrypted at a time
     _protocol: Any
     _received: Any
 
@@ -161,6 +166,8 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         self._lower: Any = None
         self._context: contextvars.Context | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._access: AccessList | None = None  # which has let the peer in
+        self._asking: asyncio.Task[None] | None = None  # it's finding out
         self._error: BaseException | None = None
         self._connected = connected  # connection_lost is owed
         self._established = False  # the handshake is done, and the peer let in
@@ -188,7 +195,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
     # ---- what a framing adds ---------------------------------------------------------------------------------
 
     def _handshake_done(self) -> bool:
-        """Whether it is; asked after each receive until it's true. Raises what keeps the peer out."""
+        """Whether it is, and the peer let in; asked after each receive until it's true. Raises what keeps it out."""
         raise NotImplementedError
 
     def _truncation(self) -> BaseException | None:
@@ -237,6 +244,62 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             self._connected = True
             self._protocol.connection_made(self)
         self._wake_waiter(None)
+
+    def _ask(self, access: AccessList, identity: Identity | None) -> bool:
+        """Whether the peer is let in; False also while that is being found out.
+
+        Raises :class:`headrace.errors.AccessDenied`.
+        """
+        access._watch(self)  # first: a change from another thread isn't missed
+        self._access = access
+        answer = access.ask(identity)
+        if answer is True:
+            return True
+        if answer is False:
+            raise AccessDenied(access.explain(identity))
+        self._paused = True  # nothing is passed on before the answer
+        self._control_reading()
+        self._asking = self._loop.create_task(self._wait_for_answer(answer, access, identity))
+        return False
+
+    async def _wait_for_answer(
+        self, answer: Awaitable[bool], access: AccessList, identity: Identity | None
+    ) -> None:
+        try:
+            permitted = await answer
+        except Exception as exc:
+            self._protocol_failed(exc)
+            return
+        self._asking = None
+        if self._closing:
+            return
+        if not permitted or access.denies(identity):
+            self._denied(AccessDenied(access.explain(identity)))
+        elif not self._established:
+            self._paused = False
+            self._let_in()
+
+    def _denied(self, exc: AccessDenied) -> None:
+        self._fail(exc)
+
+    def _let_in(self) -> None:
+        """What was waiting for an answer goes on."""
+        self._establish()
+        if not self._paused:
+            self._paused = True
+            self.resume_reading()
+
+    def _recheck_access(self) -> None:
+        """The access list has changed."""
+        access = self._access
+        if access is None or self._closing or not self._established:
+            return
+        identity = self.get_extra_info("security").remote_identity
+        answer = access.ask(identity)
+        if answer is False:
+            self._denied(AccessDenied(access.explain(identity)))
+        elif answer is not True:
+            self._asking = self._loop.create_task(self._wait_for_answer(answer, access, identity))
 
     def _wake_waiter(self, exc: BaseException | None) -> None:
         waiter, self._waiter = self._waiter, None
@@ -514,7 +577,10 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
             send, outgoing = self._core.send, self._core.outgoing
             try:
                 while queue and not self._lower_full:
-                    data = queue.popleft() if len(queue) == 1 and self._queued <= SLICE else next_slice(queue)
+                    if len(queue) == 1 and self._queued <= self._slice:
+                        data = queue.popleft()
+                    else:
+                        data = next_slice(queue, self._slice)
                     self._queued -= len(data)
                     send(data)
                     lower.write(outgoing())
@@ -723,6 +789,11 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+        if self._access is not None:
+            self._access._unwatch(self)
         protocol, self._protocol = self._protocol, None
         self._received = _ignore
         self._context = None
@@ -782,18 +853,18 @@ def checked(data: Any) -> Piece:
     raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
 
 
-def next_slice(queue: deque[Piece]) -> Piece:
-    """Takes up to SLICE bytes from a queue's head: a large item or a part of it, or small ones joined."""
+def next_slice(queue: deque[Piece], size: int = SLICE) -> Piece:
+    """Takes up to ``size`` bytes from a queue's head: a large item or a part of it, or small ones joined."""
     item = queue[0]
     if len(item) >= LARGE:
-        if len(item) <= SLICE:
+        if len(item) <= size:
             queue.popleft()
             return item
         view = memoryview(item)
-        queue[0] = view[SLICE:]
-        return view[:SLICE]
+        queue[0] = view[size:]
+        return view[:size]
     parts: list[Piece] = []
-    room = SLICE
+    room = size
     while queue and room and len(queue[0]) < LARGE:
         item = queue[0]
         if len(item) > room:

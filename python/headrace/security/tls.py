@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from headrace.errors import AccessDenied, HandshakeError, TruncatedError
+from headrace.errors import HandshakeError, TruncatedError
 from headrace.framing.client_hello import ClientHello
 from headrace.framing.tls import State, TLSCore
 from headrace.security.certificates import (
@@ -39,6 +39,7 @@ from headrace.security.certificates import (
 )
 from headrace.security.identity import SecurityInfo
 from headrace.security.layer import SecurityLayer
+from headrace.security.settings import Security
 
 if TYPE_CHECKING:
     from headrace.loop import EventLoop
@@ -54,7 +55,7 @@ SESSIONS_KEPT = 256
 Path = str | os.PathLike[str]
 
 
-class TLS:
+class TLS(Security):
     """How connections are to be secured by TLS; give it as ``security=`` to a loop's ``create_*`` methods.
 
     The same object serves any number of servers and connections of one loop; contexts are built once.
@@ -145,17 +146,10 @@ class TLS:
             raise ValueError("give either certificate, or certificates by server name")
         if truncation not in ("error", "eof"):
             raise ValueError(f"truncation must be 'error' or 'eof', not {truncation!r}")
-        for name, value in (("handshake_timeout", handshake_timeout), ("shutdown_timeout", shutdown_timeout)):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive number of seconds, not {value!r}")
-        if max_pending_handshakes < 1:
-            raise ValueError(f"max_pending_handshakes must be at least 1, not {max_pending_handshakes!r}")
+        self._limit(handshake_timeout, shutdown_timeout, max_pending_handshakes)
         self.context = context
         self.access = access
         self.truncation = truncation
-        self.handshake_timeout = handshake_timeout
-        self.shutdown_timeout = shutdown_timeout
-        self.max_pending_handshakes = max_pending_handshakes
         self.resumption = resumption
         self._certificate = certificate
         self._private_key = private_key
@@ -170,7 +164,6 @@ class TLS:
         self._client: ssl.SSLContext | None = None
         self._server: ServerCertificates | None = None
         self._leaf: bytes | None = None
-        self._pending: dict[TLSLayer, None] = {}
         self._sessions: OrderedDict[str | None, ssl.SSLSession] = OrderedDict()
 
     # ---- contexts --------------------------------------------------------------------------------------------
@@ -253,6 +246,18 @@ class TLS:
 
     # ---- layers ----------------------------------------------------------------------------------------------
 
+    def check_server(self) -> None:
+        """Files that can't be used are an error before the first connection."""
+        self.server_contexts()
+
+    def check_client(self, server_hostname: str | None) -> None:
+        """Likewise; and a client must know whose certificate it expects."""
+        if server_hostname is None:
+            raise ValueError(
+                "tell what the server's certificate is to be for: server_hostname= is needed without a host"
+            )
+        self.client_context()
+
     def server_layer(self, loop: EventLoop, protocol: asyncio.BaseProtocol, **options: Any) -> TLSLayer:
         """The layer for an accepted connection."""
         contexts = self.server_contexts()
@@ -282,20 +287,6 @@ class TLS:
         return TLSLayer(
             loop, protocol, core, server_side=False, settings=self, server_hostname=server_hostname, **options
         )
-
-    def _begins(self, layer: TLSLayer) -> None:
-        self._pending[layer] = None
-        if len(self._pending) > self.max_pending_handshakes:
-            oldest = next(iter(self._pending))
-            self._over(oldest)
-            oldest._fail(
-                HandshakeError(
-                    f"{self.max_pending_handshakes} connections are in their TLS handshake: the oldest gives way"
-                )
-            )
-
-    def _over(self, layer: TLSLayer) -> None:
-        self._pending.pop(layer, None)
 
     def _keep_session(self, server_hostname: str | None, ssl_object: ssl.SSLObject) -> None:
         if not self.resumption:
@@ -360,9 +351,7 @@ class TLSLayer(SecurityLayer):
         if settings is not None:
             settings._over(self)
             if settings.access is not None:
-                identity = self._security().remote_identity
-                if not settings.access.permits(identity):
-                    raise AccessDenied(settings.access.explain(identity))
+                return self._ask(settings.access, self._security().remote_identity)
         return True
 
     def _deadline_error(self) -> Exception:

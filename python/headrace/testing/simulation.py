@@ -190,6 +190,10 @@ class SimulatedLoop(EventLoop):
         """Waits for the executor's threads without a time limit: it would be in virtual time, and over at once."""
         await super().shutdown_default_executor()
 
+    def _do_step(self, threads: Any, step: Callable[[], None]) -> None:
+        """In the loop's thread: other threads' time isn't the simulation's."""
+        self.call_soon(step)
+
     def _accepted_socket(self, fd: int, *shape: int) -> socket.socket:
         return VirtualSocket(self.simulated, fd)
 
