@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
 from realm import realm, realms  # noqa: F401  # fixtures for everybody
 
 if TYPE_CHECKING:

@@ -132,7 +132,7 @@ class Realm:
                 self,
                 args: list[str],
                 env: Mapping[str, str] | None = None,
-                input: str | None = None,  # noqa: A002  # k5test's name
+                input: str | None = None,  # k5test's name
                 expected_code: int = 0,
             ) -> bytes:
                 return ran(args, env or self.env, input, expected_code)

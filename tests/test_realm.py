@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+
 from realm import ENCTYPES, Realm, find
 
 
