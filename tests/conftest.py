@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from realm import realm, realms  # noqa: F401  # fixtures for everybody
+
 if TYPE_CHECKING:
     from headrace import EventLoop
 
