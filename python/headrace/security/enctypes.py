@@ -198,7 +198,7 @@ class Encryptor:
     def encrypt_into(self, data: Buffer, trailer: bytes, out: bytearray, at: int) -> int:
         """Writes both, encrypted as one message, to ``out`` from ``at`` on; gives where it ends.
 
-        They are a block at least. ``out`` has SLACK bytes more than needed, which are written to.
+        They are a byte at least. ``out`` has SLACK bytes more than needed, which are written to.
         """
         confounder = next(self._random)
         plain = bytearray().join((confounder, data, trailer))
@@ -243,11 +243,11 @@ class Decryptor:
     def decrypt(self, message: memoryview) -> memoryview:
         """What is behind the confounder. It stays unchanged until the next call.
 
-        Raises :class:`headrace.errors.FramingError` for a message that is too short for two blocks and a checksum, or
-        has a wrong checksum.
+        Raises :class:`headrace.errors.FramingError` for a message in which there is nothing but a confounder and a
+        checksum, or not even those, and for a wrong checksum.
         """
         size = len(message) - self._mac_size
-        if size < 2 * BLOCK:
+        if size <= BLOCK:
             raise FramingError("an encrypted message is too short for what must be in it")
         checksum = message[size:]
         if self._mac_of_ciphertext:

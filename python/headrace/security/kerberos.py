@@ -158,7 +158,7 @@ class SealedReceiver:
         plain = self._decryptor.decrypt(body)
         end = len(plain) - SIZE
         copy = plain[end:]
-        if copy != usual and (copy[:6] != header[:6] or copy[8:] != header[8:]):
+        if copy != header and (copy[:6] != header[:6] or copy[8:] != header[8:]):
             raise FramingError("a token's header isn't the one that was sealed")
         self._number = (self._number + 1) % NUMBERS
         return bytes(plain[: end - filler])
