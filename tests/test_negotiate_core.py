@@ -6,6 +6,7 @@ import random
 import struct
 
 import pytest
+
 from headrace.errors import AuthenticationError, FramingError
 from headrace.framing.negotiate import (
     FRAME_SIZE,
@@ -138,7 +139,9 @@ def test_bytes_that_come_with_the_last_token_are_kept() -> None:
     client.start()
     client.step_done(b"hello", False)
     plaintext: list[bytes] = []
-    client.receive(frame(0x14, b"reply") + data_frame(b"\0\0\0\1early") + data_frame(b"\0\0\0\2bi"), plaintext)
+    client.receive(
+        frame(0x14, b"reply") + data_frame(b"\0\0\0\1early") + data_frame(b"\0\0\0\2bi"), plaintext
+    )
     last = data_frame(b"\0\0\0\3!")
     client.receive(last[:1], plaintext)
     assert client.stepping

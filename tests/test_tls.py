@@ -8,12 +8,13 @@ import hashlib
 import os
 import random
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import headrace
+import secured
 from authorities import ca_file, issued
 from headrace.errors import AccessDenied, CertificateError, HandshakeError, StalledError, TruncatedError
 from headrace.security.layer import SLICE, SecurityLayer
@@ -37,43 +38,10 @@ def with_certificate(name: str = "client.example", **options: Any) -> headrace.T
     return client_tls(certificate=files.chain, private_key=files.key, **options)
 
 
-class Pair:
-    """Both ends of a connection through a server of this loop."""
-
-    def __init__(self, server: asyncio.Server) -> None:
-        self.server = server
-        self.accepted: asyncio.Queue[Any] = asyncio.Queue()
-
-    @property
-    def address(self) -> Any:
-        return self.server.sockets[0].getsockname()
-
-    async def connect(self, protocol: Recorder, security: headrace.TLS | None = None) -> Any:
-        loop: Any = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(
-            lambda: protocol, *self.address, security=security or client_tls(), server_hostname=NAME
-        )
-        return transport
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    protocol: Callable[[], Recorder], security: headrace.TLS | None = None, **options: Any
-) -> AsyncIterator[Pair]:
-    loop: Any = asyncio.get_running_loop()
+def serving(protocol: Callable[[], Recorder], security: headrace.TLS | None = None, **options: Any) -> Any:
     if not options:
         options = {"security": security or server_tls()}
-
-    def factory() -> Recorder:
-        made = protocol()
-        made.on.setdefault("made", pair_of[0].accepted.put_nowait)
-        return made
-
-    pair_of: list[Pair] = []
-    server = await loop.create_server(factory, "127.0.0.1", 0, **options)
-    pair_of.append(Pair(server))
-    async with server:
-        yield pair_of[0]
+    return secured.serving(protocol, client_tls(), NAME, **options)
 
 
 def run(loop: headrace.EventLoop, main: Any) -> Any:
@@ -435,7 +403,7 @@ def test_sessions_are_resumed(loop: headrace.EventLoop) -> None:
     """A client resumes, once for each ticket; a server that asks for certificates has none to give."""
 
     async def main() -> None:
-        async def resumed(pair: Pair, security: headrace.TLS) -> bool:
+        async def resumed(pair: secured.Pair, security: headrace.TLS) -> bool:
             client = Bytes()
             transport = await pair.connect(client, security)
             server = await pair.accepted.get()

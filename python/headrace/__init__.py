@@ -7,6 +7,7 @@ from headrace._pool import BufferPool, Lease
 from headrace._stream import StreamTransport
 from headrace.errors import (
     AccessDenied,
+    AuthenticationError,
     CertificateError,
     EngineError,
     EngineUnavailable,
@@ -19,15 +20,27 @@ from headrace.errors import (
 )
 from headrace.loop import EventLoop, new_event_loop, run
 from headrace.protocol import Protocol
-from headrace.security import TLS, AccessList, Certificate, Identity, SecurityInfo
+from headrace.security import (
+    TLS,
+    AccessList,
+    Certificate,
+    Credentials,
+    Identity,
+    ImpersonationLevel,
+    Negotiate,
+    ProtectionLevel,
+    SecurityInfo,
+)
 
 __all__ = [
     "TLS",
     "AccessDenied",
     "AccessList",
+    "AuthenticationError",
     "BufferPool",
     "Certificate",
     "CertificateError",
+    "Credentials",
     "EngineError",
     "EngineUnavailable",
     "EventLoop",
@@ -35,7 +48,10 @@ __all__ = [
     "HandshakeError",
     "HeadraceError",
     "Identity",
+    "ImpersonationLevel",
     "Lease",
+    "Negotiate",
+    "ProtectionLevel",
     "Protocol",
     "SecurityError",
     "SecurityInfo",

@@ -15,9 +15,10 @@ Rules
 * After that a data frame is ``size(4, little endian) token``, around up to ``frame_size`` bytes; but where neither
   signing nor sealing came out of the negotiation, data isn't framed at all. What was *negotiated* counts, not what was
   asked for.
-* A frame has 1 to 65,536 bytes. One with nothing in it is passed over; SILENT_LIMIT of them in a row end the connection.
-* ``receive`` stops after TURN_BYTES or TURN_FRAMES, so that one peer can't keep the others of a loop waiting: while there is something
-  ``pending``, call it again.
+* A frame has 1 to 65,536 bytes. One with nothing in it is passed over; SILENT_LIMIT of them in a row end the
+  connection.
+* ``receive`` stops after TURN_BYTES or TURN_FRAMES, so that one peer can't keep the others of a loop waiting: while
+  there is something ``pending``, call it again.
 * There is no end of the stream in the framing: the transport's end between two frames is one, and within a frame it's a
   truncation.
 
@@ -122,8 +123,8 @@ class NegotiateCore:
         "_rounds",
         "_server_side",
         "_silent",
-        "_wanted",
         "_waiting",
+        "_wanted",
         "needed",
         "peer_closed",
         "pending",
@@ -134,9 +135,8 @@ class NegotiateCore:
 
     def __init__(self, *, server_side: bool = False, frame_size: int = FRAME_SIZE) -> None:
         self.state = State.HANDSHAKE
-        # What the next step of the authentication needs: the peer's token, None for a client's first. ``stepping`` tells.
-        self.needed: bytes | None = None
-        self.stepping = False
+        self.stepping = False  # a step of the authentication is to be done, or being done
+        self.needed: bytes | None = None  # what it's about: the peer's token; None: a client's first
         # What was received and hasn't been worked off; while there's something, receive(None) is to be called.
         self.pending: deque[memoryview] = deque()
         self.peer_closed = False  # never: it's the transport that ends
@@ -324,7 +324,9 @@ class NegotiateCore:
             position = self._continue_frame(view, plaintext)
         frames = 0
         while size - position >= 4:
-            length = view[position] | view[position + 1] << 8 | view[position + 2] << 16 | view[position + 3] << 24
+            length = (
+                view[position] | view[position + 1] << 8 | view[position + 2] << 16 | view[position + 3] << 24
+            )
             if not 0 < length <= MAX_FRAME:
                 self._wrong_size(length)
             end = position + 4 + length

@@ -1,10 +1,25 @@
-"""Secured connections: TLS, who the peer is, and whom to let in."""
+"""Secured connections: TLS, Kerberos and NTLM, who the peer is, and whom to let in."""
 
 from __future__ import annotations
 
 from headrace.security.access import AccessList
 from headrace.security.certificates import Certificate, ServerCertificates
-from headrace.security.identity import Identity, SecurityInfo
+from headrace.security.credentials import Credentials
+from headrace.security.identity import Identity, ImpersonationLevel, ProtectionLevel, SecurityInfo
+from headrace.security.negotiate import Negotiate, NegotiateLayer
 from headrace.security.tls import TLS, TLSLayer
 
-__all__ = ["TLS", "AccessList", "Certificate", "Identity", "SecurityInfo", "ServerCertificates", "TLSLayer"]
+__all__ = [
+    "TLS",
+    "AccessList",
+    "Certificate",
+    "Credentials",
+    "Identity",
+    "ImpersonationLevel",
+    "Negotiate",
+    "NegotiateLayer",
+    "ProtectionLevel",
+    "SecurityInfo",
+    "ServerCertificates",
+    "TLSLayer",
+]

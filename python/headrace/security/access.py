@@ -70,9 +70,7 @@ class AccessList:
         self._lock = threading.Lock()
         self._watching: weakref.WeakSet[SecurityLayer] = weakref.WeakSet()
 
-    def _parsed(
-        self, allow: Iterable[str], deny: Iterable[str]
-    ) -> tuple[frozenset[str], frozenset[str]]:
+    def _parsed(self, allow: Iterable[str], deny: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
         return (
             frozenset(self._key(checked(rule)) for rule in rules_of(allow, "allow")),
             frozenset(self._key(checked(rule)) for rule in rules_of(deny, "deny")),

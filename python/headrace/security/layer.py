@@ -135,6 +135,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         "_queued",
         "_received",
         "_shutdown_timeout",
+        "_slice",
         "_timer",
         "_unsent_before",
         "_waiter",
@@ -143,7 +144,6 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
     _start_tls_compatible = True
     _sendfile_compatible = constants._SendfileMode.FALLBACK
     _core: Any  # a Core
-    _slice = SLICE  # bytes of plaintext that are encrypted at a time
     _protocol: Any
     _received: Any
 
@@ -185,6 +185,7 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         # Sending.
         self._queue: deque[Piece] = deque()
         self._queued = 0
+        self._slice = SLICE  # bytes of plaintext that are encrypted at a time
         self._corked = False
         self._marked = False
         self._lower_full = False

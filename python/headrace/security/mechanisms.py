@@ -20,8 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from headrace.errors import AuthenticationError
-from headrace.security.contexts import ContextResult, ImpersonationLevel, ProtectionLevel, SecurityContext
+from headrace.security.contexts import ImpersonationLevel, ProtectionLevel, SecurityContext
 from headrace.security.credentials import Credentials
 
 __all__ = [
@@ -83,7 +82,9 @@ class ClientSettings:
         check_target(self.target)
         if "ntlm" in self.mechanisms:
             if self.mutual:
-                raise ValueError("NTLM can't show a client who the server is: set mutual=False, or don't list it")
+                raise ValueError(
+                    "NTLM can't show a client who the server is: set mutual=False, or don't list it"
+                )
             if self.impersonation is ImpersonationLevel.DELEGATION:
                 raise ValueError("NTLM has no credentials to forward: it can't be listed with DELEGATION")
 
@@ -135,7 +136,9 @@ class ServerSettings:
                     "the replay cache is off (replay_cache, or KRB5RCACHENAME) and messages aren't protected: a recorded"
                     " client could be replayed. Switch the cache on, or demand protection"
                 )
-            logger.warning("the replay cache is off: recorded clients are stopped only by their messages' protection")
+            logger.warning(
+                "the replay cache is off: recorded clients are stopped only by their messages' protection"
+            )
 
 
 def check_common(mechanisms: Iterable[str], channel_binding: str) -> None:
@@ -146,7 +149,9 @@ def check_common(mechanisms: Iterable[str], channel_binding: str) -> None:
     if unknown or not mechanisms or len(set(mechanisms)) != len(mechanisms):
         raise ValueError(f"mechanisms must be some of {get_args(Mechanism)}, each once, not {mechanisms!r}")
     if channel_binding not in get_args(ChannelBinding):
-        raise ValueError(f"channel_binding must be one of {get_args(ChannelBinding)}, not {channel_binding!r}")
+        raise ValueError(
+            f"channel_binding must be one of {get_args(ChannelBinding)}, not {channel_binding!r}"
+        )
 
 
 def check_target(target: str) -> tuple[str, str, str | None]:
@@ -167,7 +172,9 @@ def check_target(target: str) -> tuple[str, str, str | None]:
     else:
         service, _, host = target.partition("@")
     if not service or not host:
-        raise ValueError(f"a target is 'service/host', 'service/host@REALM' or 'service@host', not {target!r}")
+        raise ValueError(
+            f"a target is 'service/host', 'service/host@REALM' or 'service@host', not {target!r}"
+        )
     try:
         ipaddress.ip_address(host.strip("[]"))
     except ValueError:

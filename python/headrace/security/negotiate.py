@@ -16,7 +16,7 @@ Rules
 from __future__ import annotations
 
 import asyncio
-import datetime
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -31,8 +31,17 @@ from headrace.framing.negotiate import (
     State,
 )
 from headrace.security.contexts import ContextResult, SecurityContext
+from headrace.security.credentials import Credentials
 from headrace.security.identity import ImpersonationLevel, ProtectionLevel, SecurityInfo
 from headrace.security.layer import SLICE, SecurityLayer
+from headrace.security.mechanisms import (
+    ChannelBinding,
+    ClientSettings,
+    Mechanism,
+    ServerSettings,
+    client_context,
+    server_context,
+)
 from headrace.security.settings import Security
 from headrace.security.steps import CLIENTS, SERVERS
 
@@ -44,7 +53,6 @@ __all__ = ["Negotiate", "NegotiateLayer"]
 
 logger = logging.getLogger("headrace.security")
 
-MECHANISMS = ("kerberos", "ntlm")
 LARGEST_FRAME = 64_512  # bytes; .NET's largest, and what every peer takes
 INTERNAL_ERROR = 0x80090304  # SEC_E_INTERNAL_ERROR: our own system failed
 
@@ -73,7 +81,7 @@ class Negotiate(Security):
     impersonation : ImpersonationLevel
         What a client grants its server, and what a server needs at least.
     mutual : bool, optional
-        Whether the server must show who it is; by default it must with Kerberos, and it can't with NTLM.
+        Whether a client's server must show who it is. By default it must, unless NTLM is listed, which can't do that.
     channel_binding : {"when-supported", "require", "never"}
         Inside TLS: whether the authentication is bound to that channel (``tls-server-end-point``, RFC 5929). By default
         it's always sent, and one that doesn't fit is refused; with "require" a peer without one is refused, too.
@@ -104,11 +112,11 @@ class Negotiate(Security):
         service: str = "host",
         allowed_targets: Iterable[str] | None = None,
         credentials: Credentials | None = None,
-        mechanisms: Iterable[Literal["kerberos", "ntlm"]] = ("kerberos",),
+        mechanisms: Iterable[Mechanism] = ("kerberos",),
         protection: ProtectionLevel = ProtectionLevel.ENCRYPT_AND_SIGN,
         impersonation: ImpersonationLevel = ImpersonationLevel.IDENTIFICATION,
         mutual: bool | None = None,
-        channel_binding: Literal["when-supported", "require", "never"] = "when-supported",
+        channel_binding: ChannelBinding = "when-supported",
         access: AccessList | None = None,
         frame_size: int = FRAME_SIZE,
         on_expiry: Literal["close", "notify", "ignore"] = "close",
@@ -117,17 +125,6 @@ class Negotiate(Security):
         max_pending_handshakes: int = 1024,
     ) -> None:
         self._limit(handshake_timeout, shutdown_timeout, max_pending_handshakes)
-        if isinstance(mechanisms, str):
-            raise ValueError(f"mechanisms must be a list, such as [{mechanisms!r}]")
-        self.mechanisms = tuple(mechanisms)
-        if not self.mechanisms or not set(self.mechanisms) <= set(MECHANISMS):
-            raise ValueError(f"mechanisms must be of {', '.join(MECHANISMS)}, not {self.mechanisms!r}")
-        if mutual and "ntlm" in self.mechanisms:
-            raise ValueError("mutual=True doesn't go together with NTLM: it can't tell who the server is")
-        if channel_binding not in ("when-supported", "require", "never"):
-            raise ValueError(
-                f"channel_binding must be 'when-supported', 'require' or 'never', not {channel_binding!r}"
-            )
         if on_expiry not in ("close", "notify", "ignore"):
             raise ValueError(f"on_expiry must be 'close', 'notify' or 'ignore', not {on_expiry!r}")
         if not 0 < frame_size <= LARGEST_FRAME:
@@ -136,46 +133,68 @@ class Negotiate(Security):
         self.service = service
         self.allowed_targets = None if allowed_targets is None else tuple(allowed_targets)
         self.credentials = credentials or Credentials()
+        self.mechanisms: tuple[Mechanism, ...] = tuple(mechanisms)
         self.protection = ProtectionLevel(protection)
         self.impersonation = ImpersonationLevel(impersonation)
-        self.mutual = mutual
-        self.channel_binding = channel_binding
+        self.mutual = mutual if mutual is not None else "ntlm" not in self.mechanisms
+        self.channel_binding: ChannelBinding = channel_binding
         self.access = access
         self.frame_size = frame_size
         self.on_expiry = on_expiry
+        self._server: ServerSettings | None = None
 
     # ---- layers ----------------------------------------------------------------------------------------------
 
     def check_server(self) -> None:
-        """A server's part of the arguments."""
-        if self.target is not None:
-            raise ValueError("target= is a client's; a server has allowed_targets=")
-        if self.mutual is False and self.mechanisms == ("kerberos",):
-            raise ValueError("mutual=False is a client's choice; a server answers as it's asked")
+        """A server's part of the arguments. Raises ValueError."""
+        self._server_settings()
+
+    def _server_settings(self) -> ServerSettings:
+        if self._server is None:
+            if self.target is not None:
+                raise ValueError("target= is a client's; a server has allowed_targets=")
+            self._server = ServerSettings(
+                credentials=self.credentials,
+                mechanisms=self.mechanisms,
+                protection=self.protection,
+                impersonation=self.impersonation,
+                channel_binding=self.channel_binding,
+                allowed_targets=self.allowed_targets or (),
+            )
+        return self._server
 
     def check_client(self, server_hostname: str | None) -> None:
-        """A client's part of the arguments."""
+        """A client's part of the arguments. Raises ValueError."""
+        self._client_settings(server_hostname)
+
+    def _client_settings(self, server_hostname: str | None) -> ClientSettings:
         if self.allowed_targets is not None:
             raise ValueError("allowed_targets= are a server's; a client has target=")
-        target_of(self.target, self.service, server_hostname)
+        target = self.target
+        if target is None:
+            if server_hostname is None:
+                raise ValueError("tell whom the connection is meant for: target= is needed without a host")
+            target = f"{self.service}/{server_hostname}"
+        return ClientSettings(
+            target=target,
+            credentials=self.credentials,
+            mechanisms=self.mechanisms,
+            protection=self.protection,
+            impersonation=self.impersonation,
+            mutual=self.mutual,
+            channel_binding=self.channel_binding,
+        )
 
     def server_layer(self, loop: EventLoop, protocol: asyncio.BaseProtocol, **options: Any) -> NegotiateLayer:
         """The layer for an accepted connection."""
-
-        def make(binding: bytes | None) -> SecurityContext:
-            return server_context(self, binding)
-
+        make = functools.partial(server_context, self._server_settings())
         return NegotiateLayer(loop, protocol, self, make, server_side=True, **options)
 
     def client_layer(
         self, loop: EventLoop, protocol: asyncio.BaseProtocol, server_hostname: str | None, **options: Any
     ) -> NegotiateLayer:
         """The layer for a connection to ``server_hostname``."""
-        target = target_of(self.target, self.service, server_hostname)
-
-        def make(binding: bytes | None) -> SecurityContext:
-            return client_context(self, target, binding)
-
+        make = functools.partial(client_context, self._client_settings(server_hostname))
         return NegotiateLayer(loop, protocol, self, make, server_side=False, **options)
 
     def check_result(self, result: ContextResult, *, server_side: bool, binding: bytes | None) -> None:
@@ -193,15 +212,12 @@ class Negotiate(Security):
                 f"impersonation={self.impersonation.name}, and the client grants "
                 f"{result.impersonation_level.name}"
             )
-        elif not server_side and not result.is_mutually_authenticated and self._demands_mutual(result):
+        elif not server_side and self.mutual and not result.is_mutually_authenticated:
             missing = "the server hasn't shown who it is (mutual=False does without)"
         elif not result.channel_bound and self._demands_binding(result, binding):
             missing = "the authentication isn't bound to the TLS channel around it"
         if missing is not None:
             raise AuthenticationError(f"a requirement isn't met: {missing}", code=REQUIREMENT_NOT_MET)
-
-    def _demands_mutual(self, result: ContextResult) -> bool:
-        return self.mutual if self.mutual is not None else result.mechanism == "kerberos"
 
     def _demands_binding(self, result: ContextResult, binding: bytes | None) -> bool:
         if self.channel_binding == "require":
@@ -283,7 +299,6 @@ class NegotiateLayer(SecurityLayer):
         connected: bool = False,
     ) -> None:
         self._core = NegotiateCore(server_side=server_side, frame_size=settings.frame_size)
-        self._slice = max(1, SLICE // settings.frame_size) * settings.frame_size  # whole frames
         self._settings = settings
         self._server_side = server_side
         self._make_context = make_context
@@ -301,6 +316,7 @@ class NegotiateLayer(SecurityLayer):
             waiter=waiter,
             connected=connected,
         )
+        self._slice = max(1, SLICE // settings.frame_size) * settings.frame_size  # whole frames
 
     # ---- the handshake ---------------------------------------------------------------------------------------
 
@@ -425,7 +441,9 @@ class NegotiateLayer(SecurityLayer):
         self._expiry = None
         when = f"{expires:%Y-%m-%d %H:%M:%S} UTC"
         if self._settings.on_expiry == "close":
-            self._fail(SecurityError(f"the client's ticket ended at {when} (on_expiry= says what happens then)"))
+            self._fail(
+                SecurityError(f"the client's ticket ended at {when} (on_expiry= says what happens then)")
+            )
             return
         logger.info("%r: the client's ticket ended at %s", self, when)
         if hasattr(self._protocol, "security_expired"):
