@@ -78,9 +78,9 @@ Secured: TypeAlias = Security | Sequence[Security]
 
 def stack_of(security: Secured) -> tuple[Security, ...]:
     """One or several of them, the outermost (on the wire) first."""
-    one_or_many = [security] if isinstance(security, Security) else security
-    stack = tuple(one_or_many) if isinstance(one_or_many, Sequence) else ()
-    if not stack or not all(isinstance(one, Security) for one in stack):  # type: ignore[redundant-expr]
+    given: Any = [security] if isinstance(security, Security) else security
+    stack = tuple(given) if isinstance(given, Sequence) else ()
+    if not stack or not all(isinstance(one, Security) for one in stack):
         raise TypeError(
             "security= takes a headrace.TLS, a headrace.Negotiate, or a list of them, the outermost first; "
             f"not {security!r}"
