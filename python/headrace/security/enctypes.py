@@ -39,7 +39,6 @@ __all__ = [
     "ENCRYPTION_KEY",
     "ENCTYPES",
     "INTEGRITY_KEY",
-    "SLACK",
     "Checksum",
     "Decryptor",
     "Encryptor",
@@ -52,7 +51,6 @@ __all__ = [
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 BLOCK = 16  # bytes of an AES block, and of a confounder
-SLACK = 2 * BLOCK  # bytes behind a message that an encryptor may write to: the cipher puts out whole blocks
 ZERO = bytes(BLOCK)
 KEPT = (
     16 * 1024
@@ -145,6 +143,18 @@ def confounders() -> Iterator[bytes]:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
+def cipher(enctype: Enctype, key: bytes, usage: int) -> Cipher[modes.CBC]:
+    return Cipher(algorithms.AES(derive_key(enctype, key, usage, ENCRYPTION_KEY)), modes.CBC(ZERO))
+
+
+def keyed_mac(enctype: Enctype, key: bytes, usage: int) -> HMAC:
+    """To be copied for each message."""
+    mac = HMAC(derive_key(enctype, key, usage, INTEGRITY_KEY), enctype.hash)
+    if enctype.encrypt_then_mac:
+        mac.update(ZERO)  # the IV is under the checksum (RFC 8009 section 5)
+    return mac
+
+
 class Checksum:
     """Checksums under one key: of messages that aren't encrypted (RFC 3961 section 5.4, "get_mic")."""
 
@@ -180,49 +190,57 @@ class Encryptor:
         The confounders; for tests.
     """
 
-    __slots__ = ("_encryptor", "_keyed", "_last", "_mac_of_ciphertext", "_mac_size", "_random")
+    __slots__ = ("_encryptor", "_keyed", "_last", "_mac_of_ciphertext", "_mac_size", "_random", "_space")
 
     def __init__(
         self, enctype: Enctype, key: bytes, usage: int, random: Iterator[bytes] | None = None
     ) -> None:
-        cipher = Cipher(algorithms.AES(derive_key(enctype, key, usage, ENCRYPTION_KEY)), modes.CBC(ZERO))
-        self._encryptor = cipher.encryptor()
-        self._last = 0  # the block that it put out last, as a number; at first the IV
-        self._keyed = HMAC(derive_key(enctype, key, usage, INTEGRITY_KEY), enctype.hash)
+        self._encryptor = cipher(enctype, key, usage).encryptor()
+        self._keyed = keyed_mac(enctype, key, usage)
         self._mac_of_ciphertext = enctype.encrypt_then_mac
-        if enctype.encrypt_then_mac:
-            self._keyed.update(ZERO)  # the IV is under the checksum (RFC 8009 section 5)
         self._mac_size = enctype.mac_size
+        self._last = 0  # the block that it put out last, as a number; at first the IV
         self._random = random or confounders()
+        self._space = memoryview(b"")
 
-    def encrypt_into(self, data: Buffer, trailer: bytes, out: bytearray, at: int) -> int:
-        """Writes both, encrypted as one message, to ``out`` from ``at`` on; gives where it ends.
+    def encrypt(self, before: bytes, data: Buffer, behind: bytes) -> bytes:
+        """``before`` as it is, ``data`` and ``behind`` encrypted as one message, and the checksum.
 
-        They are a byte at least. ``out`` has SLACK bytes more than needed, which are written to.
+        What is encrypted is a byte at least.
         """
         confounder = next(self._random)
-        plain = bytearray().join((confounder, data, trailer))
-        size = len(plain)
-        rest = size % BLOCK
-        checksum = b"" if self._mac_of_ciphertext else self._mac(plain)
+        plain = bytearray().join((confounder, data, behind))
+        rest = len(plain) % BLOCK
+        checksum = b""
+        if not self._mac_of_ciphertext:
+            mac = self._keyed.copy()
+            mac.update(plain)
+            checksum = mac.finalize()[: self._mac_size]
         if rest:
             plain += ZERO[rest:]
         plain[:BLOCK] = (int.from_bytes(confounder, "little") ^ self._last).to_bytes(BLOCK, "little")
-        self._encryptor.update_into(plain, memoryview(out)[at:])
-        end = at + size
-        tail = at + len(plain) - 2 * BLOCK
-        before, last = bytes(out[tail : tail + BLOCK]), bytes(out[tail + BLOCK : tail + 2 * BLOCK])
+        size = len(plain)
+        space = self._space
+        if len(space) < size + BLOCK:
+            space = self._more_space(size + BLOCK)
+        self._encryptor.update_into(plain, space)
+        last = space[size - BLOCK : size]
         self._last = int.from_bytes(last, "little")
-        out[tail:end] = last + before[: rest or BLOCK]
-        if not checksum:
-            checksum = self._mac(memoryview(out)[at:end])
-        out[end : end + self._mac_size] = checksum
-        return end + self._mac_size
+        tail = size - 2 * BLOCK
+        parts = (before, space[:tail], last, space[tail : tail + (rest or BLOCK)], checksum)
+        return b"".join(parts) if checksum else self._with_mac_of_ciphertext(parts)
 
-    def _mac(self, data: Buffer) -> bytes:
+    def _with_mac_of_ciphertext(self, parts: tuple[Buffer, ...]) -> bytes:
         mac = self._keyed.copy()
-        mac.update(data)
-        return mac.finalize()[: self._mac_size]
+        for part in parts[1:4]:
+            mac.update(part)
+        return b"".join((*parts[:4], mac.finalize()[: self._mac_size]))
+
+    def _more_space(self, size: int) -> memoryview:
+        if size > KEPT:
+            return memoryview(bytearray(size))
+        self._space = memoryview(bytearray(min(2 * size, KEPT)))
+        return self._space
 
 
 class Decryptor:
@@ -231,12 +249,9 @@ class Decryptor:
     __slots__ = ("_decryptor", "_keyed", "_mac_of_ciphertext", "_mac_size", "_space")
 
     def __init__(self, enctype: Enctype, key: bytes, usage: int) -> None:
-        cipher = Cipher(algorithms.AES(derive_key(enctype, key, usage, ENCRYPTION_KEY)), modes.CBC(ZERO))
-        self._decryptor = cipher.decryptor()
-        self._keyed = HMAC(derive_key(enctype, key, usage, INTEGRITY_KEY), enctype.hash)
+        self._decryptor = cipher(enctype, key, usage).decryptor()
+        self._keyed = keyed_mac(enctype, key, usage)
         self._mac_of_ciphertext = enctype.encrypt_then_mac
-        if enctype.encrypt_then_mac:
-            self._keyed.update(ZERO)
         self._mac_size = enctype.mac_size
         self._space = memoryview(b"")
 
@@ -249,16 +264,15 @@ class Decryptor:
         size = len(message) - self._mac_size
         if size <= BLOCK:
             raise FramingError("an encrypted message is too short for what must be in it")
-        checksum = message[size:]
         if self._mac_of_ciphertext:
-            self._verify(message[:size], checksum)
+            self._verify(message[:size], message[size:])
         ciphertext = self._in_cbc_order(message, size)
         space = self._space
         if len(space) < len(ciphertext) + BLOCK:
             space = self._more_space(len(ciphertext) + BLOCK)
         self._decryptor.update_into(ciphertext, space)
         if not self._mac_of_ciphertext:
-            self._verify(space[BLOCK : BLOCK + size], checksum)
+            self._verify(space[BLOCK : BLOCK + size], message[size:])
         return space[2 * BLOCK : BLOCK + size]
 
     def _in_cbc_order(self, message: memoryview, size: int) -> bytes:
@@ -269,7 +283,7 @@ class Decryptor:
         if not rest:
             return b"".join((ZERO, message[:tail], before, last))
         # What was cut off the last block but one is what the zeros that filled the last one were XORed with.
-        filled = self._decryptor.update(ZERO + bytes(last))
+        filled = self._decryptor.update(ZERO + last.tobytes())
         return b"".join((ZERO, message[:tail], before, filled[BLOCK + rest :], last))
 
     def _more_space(self, size: int) -> memoryview:

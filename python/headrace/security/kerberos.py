@@ -34,8 +34,6 @@ from headrace.errors import AuthenticationError, FramingError
 from headrace.security.enctypes import (
     BLOCK,
     ENCTYPES,
-    KEPT,
-    SLACK,
     Checksum,
     Decryptor,
     Encryptor,
@@ -43,7 +41,7 @@ from headrace.security.enctypes import (
     supported_enctype,
 )
 
-__all__ = ["SLACK", "KerberosProtection", "supported_enctype"]
+__all__ = ["KerberosProtection", "supported_enctype"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -66,7 +64,6 @@ class Sender(Protocol):
 
     overhead: int
 
-    def wrap_into(self, data: Buffer, out: bytearray, at: int) -> int: ...
     def wrap(self, data: Buffer) -> bytes: ...
 
 
@@ -82,30 +79,18 @@ class Receiver(Protocol):
 class SealedSender:
     """Encrypts."""
 
-    __slots__ = ("_encryptor", "_flags", "_number", "_space", "overhead")
+    __slots__ = ("_encryptor", "_flags", "_number", "overhead")
 
     def __init__(self, enctype: Enctype, key: bytes, flags: int, number: int) -> None:
         self._encryptor = Encryptor(enctype, key, usage_of(flags))
         self._flags = flags
         self._number = number
         self.overhead = SIZE + BLOCK + SIZE + enctype.mac_size
-        self._space = bytearray()
-
-    def wrap_into(self, data: Buffer, out: bytearray, at: int) -> int:
-        header = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
-        self._number = (self._number + 1) % NUMBERS
-        out[at : at + SIZE] = header
-        return self._encryptor.encrypt_into(data, header, out, at + SIZE)
 
     def wrap(self, data: Buffer) -> bytes:
-        space = self._space
-        needed = len(data) + self.overhead + SLACK
-        if len(space) < needed:
-            space = bytearray(needed)
-            if needed <= KEPT:
-                self._space = space
-        end = self.wrap_into(data, space, 0)
-        return bytes(memoryview(space)[:end])
+        header = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
+        self._number = (self._number + 1) % NUMBERS
+        return self._encryptor.encrypt(header, data, header)
 
 
 class SignedSender:
@@ -118,11 +103,6 @@ class SignedSender:
         self._flags = flags
         self._number = number
         self.overhead = SIZE + enctype.mac_size
-
-    def wrap_into(self, data: Buffer, out: bytearray, at: int) -> int:
-        token = self.wrap(data)
-        out[at : at + len(token)] = token
-        return at + len(token)
 
     def wrap(self, data: Buffer) -> bytes:
         number, flags, size = self._number, self._flags, self._checksum.size
@@ -149,19 +129,16 @@ class SealedReceiver:
         view = memoryview(token)
         if len(view) < self._shortest:
             raise too_short(view, self._shortest)
-        header = view[:SIZE]
+        header = view[:SIZE].tobytes()
         usual = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
-        if header == usual:
-            filler, body = 0, view[SIZE:]
-        else:
-            filler, body = self._unusual(view)
+        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(view)
         plain = self._decryptor.decrypt(body)
         end = len(plain) - SIZE
-        copy = plain[end:]
+        copy = plain[end:].tobytes()
         if copy != header and (copy[:6] != header[:6] or copy[8:] != header[8:]):
             raise FramingError("a token's header isn't the one that was sealed")
         self._number = (self._number + 1) % NUMBERS
-        return bytes(plain[: end - filler])
+        return plain[: end - filler].tobytes()
 
     def _unusual(self, view: memoryview) -> tuple[int, memoryview]:
         """(how much filler there is, the body in order) of a token with EC or RRC; most others end here."""
@@ -195,7 +172,7 @@ class SignedReceiver:
         if not self._checksum.matches(data, signed, body[-size:]):
             raise FramingError("a token has a wrong checksum")
         self._number = (self._number + 1) % NUMBERS
-        return bytes(data)
+        return data.tobytes()
 
 
 def too_short(view: memoryview, shortest: int) -> FramingError:
@@ -234,9 +211,6 @@ class Lost:
     """Both directions, after a failure."""
 
     overhead = 0
-
-    def wrap_into(self, data: Buffer, out: bytearray, at: int) -> NoReturn:
-        raise FramingError("nothing can be protected any more: an earlier token has failed")
 
     def wrap(self, data: Buffer) -> NoReturn:
         raise FramingError("nothing can be protected any more: an earlier token has failed")
@@ -342,20 +316,6 @@ class KerberosProtection:
         """
         try:
             return self._sender.wrap(data)
-        except BaseException:
-            self._fail()
-            raise
-
-    def wrap_into(self, data: Buffer, out: bytearray, offset: int) -> int:
-        """Writes the next token to ``out`` from ``offset`` on, and gives where it ends.
-
-        For several frames in one buffer: a copy less than :meth:`wrap`. ``out`` must have ``len(data) + overhead +
-        SLACK`` bytes from there on, all of which may be written to; ``ValueError`` if it hasn't, which isn't a failure.
-        """
-        if offset < 0 or len(out) - offset < len(data) + self.overhead + SLACK:
-            raise ValueError("there isn't room for the token, and the SLACK behind it")
-        try:
-            return self._sender.wrap_into(data, out, offset)
         except BaseException:
             self._fail()
             raise
