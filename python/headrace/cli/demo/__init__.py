@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import json
 import signal
 import sys
-import tempfile
-from collections.abc import Coroutine, Iterator
-from pathlib import Path
+from collections.abc import Coroutine
 from time import monotonic, monotonic_ns
 from typing import Any, TypeVar
 
 from headrace import __version__
-from headrace.cli.cert import write_certificates
 from headrace.cli.demo.chart import draw_chart
 from headrace.cli.demo.child import ChildOptions
 from headrace.cli.demo.limits import LimitError, ensure_descriptors
@@ -30,6 +26,7 @@ from headrace.cli.demo.measure import ProcessMeter, Recorder
 from headrace.cli.demo.options import DemoOptions, add_arguments, check
 from headrace.cli.demo.processes import Child, ChildError
 from headrace.cli.demo.result import RunResult, summarize
+from headrace.cli.demo.security import Materials, SecurityError, prepared
 from headrace.cli.demo.view import View, choose_view, describe, summary_lines
 
 __all__ = ["register"]
@@ -73,7 +70,7 @@ def run(options: DemoOptions) -> int:
     except LimitError as error:
         print(f"headrace demo: {error}", file=sys.stderr)
         return 2
-    except ChildError as error:
+    except (ChildError, SecurityError) as error:
         print(f"headrace demo: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
@@ -91,29 +88,18 @@ async def _main(options: DemoOptions) -> RunResult:
     # Ctrl-C cancels the main task already; an ordinary kill shall end the children in order as well.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
     children: list[Child] = []
-    with choose_view(options) as view, _certificates(options) as certificates:
+    with choose_view(options) as view, prepared(options.security) as materials:
+        options = dataclasses.replace(options, security=materials.kind)
+        if materials.notice is not None:
+            view.say(materials.notice)
         view.say(f"headrace {__version__} demo: {describe(options)}")
         try:
-            return await _run_with_children(options, _child_options(options, certificates), view, children)
+            return await _run_with_children(options, _child_options(options, materials), view, children)
         finally:
             await asyncio.gather(*(child.stop() for child in children))
 
 
-@contextlib.contextmanager
-def _certificates(options: DemoOptions) -> Iterator[str | None]:
-    """The folder of the certificates that this run uses, if it does."""
-    if options.security == "none":
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
-        try:
-            write_certificates(Path(folder), ["localhost", "127.0.0.1"])
-        except ImportError:
-            raise ChildError("--security tls needs trustme: pip install 'headrace[demo]'") from None
-        yield folder
-
-
-def _child_options(options: DemoOptions, certificates: str | None) -> ChildOptions:
+def _child_options(options: DemoOptions, materials: Materials) -> ChildOptions:
     life_time = _START_TIMEOUT + _CONNECT_TIMEOUT + options.seconds + 2 * _END_TIMEOUT
     return ChildOptions(
         engine=options.engine,
@@ -124,7 +110,7 @@ def _child_options(options: DemoOptions, certificates: str | None) -> ChildOptio
         seconds=options.seconds,
         rate=options.rate,
         life_time=life_time,
-        certificates=certificates,
+        security=materials,
     )
 
 

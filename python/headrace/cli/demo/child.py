@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import monotonic_ns
 from typing import Any, Self
 
 import headrace
 from headrace.cli.demo.histogram import LatencyHistogram
+from headrace.cli.demo.security import Materials
 
 __all__ = ["Channel", "ChildOptions", "Sampler", "run_child"]
 
@@ -42,14 +43,15 @@ class ChildOptions:
     life_time: float
     host: str = "127.0.0.1"
     port: int = 0
-    certificates: str | None = None  # the folder of `headrace cert`'s files: TLS
+    security: Materials = field(default_factory=Materials)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**fields | {"security": Materials(**fields["security"])})
 
 
 class Channel:

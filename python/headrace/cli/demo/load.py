@@ -14,14 +14,13 @@ import math
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic_ns
 from typing import cast
 
 import headrace
-from headrace.cli.cert import Files
 from headrace.cli.demo.child import Channel, ChildOptions, Sampler, engine_fields, run_child
 from headrace.cli.demo.histogram import LatencyHistogram
+from headrace.cli.demo.security import client_security
 from headrace.cli.demo.traffic import (
     GREETING,
     MAGIC,
@@ -230,9 +229,7 @@ async def connect(load: Load) -> None:
     options = load.options
     limit = asyncio.Semaphore(_CONNECTING)
 
-    security = None
-    if options.certificates is not None:
-        security = headrace.TLS(ca=Files(Path(options.certificates)).ca)
+    security = client_security(options.security)
 
     async def connect_one(number: int) -> None:
         connection = PROTOCOLS[options.protocol](load, number)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from headrace.cli import units
+from headrace.cli.demo.security import SECURITY
 from headrace.cli.demo.traffic import HEADER
 
 __all__ = ["DemoOptions", "add_arguments", "check"]
@@ -20,8 +21,6 @@ T = TypeVar("T")
 _MOST_CONNECTIONS = 25_000
 _LARGEST_MESSAGE = 64 * 1024 * 1024
 _LONGEST_RUN = 24 * 3600.0
-SECURITY = ("none", "tls")
-PLANNED_SECURITY = ("kerberos", "ntlm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +81,6 @@ def _message_size(text: str) -> int:
     return size
 
 
-def _security(text: str) -> str:
-    if text in PLANNED_SECURITY:
-        raise ValueError(f"{text!r} comes with a later version; this one has only: {', '.join(SECURITY)}")
-    if text not in SECURITY:
-        raise ValueError(f"{text!r} is unknown; this version has only: {', '.join(SECURITY)}")
-    return text
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--connections", type=_option(_count), default=1000, metavar="N", help="how many (default: 1000)")
@@ -121,10 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--security",
-        type=_option(_security),
+        choices=SECURITY,
         default="none",
-        metavar="none|tls",
-        help="plain TCP, or TLS with certificates made for the run (default: none)",
+        help="plain TCP; TLS with certificates made for the run; Kerberos with a KDC of its own (NTLM where none is "
+        "installed); NTLM (default: none)",
     )
     add(
         "--json",

@@ -60,6 +60,7 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             limit=_LONGEST_LINE,
             start_new_session=True,
+            env={**os.environ, **options.security.environment},
         )
         return cls(role, process, on_sample)
 

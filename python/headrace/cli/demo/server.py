@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import headrace
-from headrace.cli.cert import Files
 from headrace.cli.demo.child import Channel, ChildOptions, Sampler, engine_fields, run_child
 from headrace.cli.demo.histogram import LatencyHistogram
+from headrace.cli.demo.security import server_security
 from headrace.cli.demo.traffic import GREETING, MAGIC, StreamCheck, WrongBytesError, make_pattern
 
 __all__ = ["main"]
@@ -149,19 +148,16 @@ PROTOCOLS: dict[tuple[str, str], Callable[[Site], asyncio.BaseProtocol]] = {
 }
 
 
-def security(options: ChildOptions) -> headrace.TLS | None:
-    if options.certificates is None:
-        return None
-    files = Files(Path(options.certificates))
-    return headrace.TLS(certificate=files.server, private_key=files.server_key)
-
-
 async def serve(options: ChildOptions, channel: Channel) -> None:
     loop = cast(headrace.EventLoop, asyncio.get_running_loop())
     site = Site(options)
     protocol = PROTOCOLS[options.mode, options.protocol]
     server = await loop.create_server(
-        lambda: protocol(site), options.host, options.port, backlog=_BACKLOG, security=security(options)
+        lambda: protocol(site),
+        options.host,
+        options.port,
+        backlog=_BACKLOG,
+        security=server_security(options.security),
     )
     channel.send("ready", port=server.sockets[0].getsockname()[1], **engine_fields(loop))
     start = await channel.receive("start")
