@@ -16,6 +16,18 @@ from headrace.errors import AuthenticationError, FramingError
 from headrace.security.contexts import ContextResult, ImpersonationLevel, ProtectionLevel, SecurityContext
 from headrace.security.credentials import Credentials
 from headrace.security.mechanisms import ClientSettings, ServerSettings, client_context, server_context
+from headrace.security.spnego import (
+    ACCEPT_COMPLETED,
+    ACCEPT_INCOMPLETE,
+    KERBEROS,
+    REQUEST_MIC,
+    NegTokenResp,
+    first_token,
+    pack_init,
+    pack_mechanisms,
+    pack_resp,
+    unpack_resp,
+)
 from realm import ENCTYPES, Realm
 
 SEALED, SIGNED, NONE = ProtectionLevel.ENCRYPT_AND_SIGN, ProtectionLevel.SIGN, ProtectionLevel.NONE
@@ -433,7 +445,6 @@ def gssapi_client(
 
 
 KRB5 = "1.2.840.113554.1.2.2"
-IAKERB = "1.3.6.1.5.2.5"
 
 
 def test_a_plain_client() -> None:
@@ -451,24 +462,70 @@ def test_a_client_that_reselects(realm: Realm) -> None:
     """Its first choice isn't ours: SPNEGO signs the list of mechanisms, which uses up a number in each direction."""
     import gssapi.raw as g
 
-    client, server = gssapi_client([IAKERB, KRB5]), server_context(SERVER)
-    token, context = client(None)
-    rounds = 0
-    while token:
-        answer = server.step(token)
-        rounds += 1
-        if not answer:
-            break
-        token, context = client(answer)
+    unknown = bytes.fromhex("2b0601040182370202ff01")
+    listed = pack_mechanisms(unknown, KERBEROS[0])
+    server = server_context(SERVER)
+    chosen = unpack_resp(server.step(pack_init(listed, b"not for you")) or b"")
+    assert (chosen.state, chosen.mechanism) == (REQUEST_MIC, KERBEROS[0])
+
+    name = g.import_name(b"test@localhost", g.NameType.hostbased_service)
+    krb5 = g.OID.from_int_seq(KRB5)
+    began = g.init_sec_context(name, None, None, krb5, [0x3E])
+    answer = unpack_resp(server.step(pack_resp(NegTokenResp(token=began.token))) or b"")
+    assert not server.complete
+    context = g.init_sec_context(name, None, began.context, krb5, [0x3E], input_token=answer.token).context
+    mic = g.get_mic(context, listed)
+    last = unpack_resp(server.step(pack_resp(NegTokenResp(ACCEPT_INCOMPLETE, mic=mic))) or b"")
+    g.verify_mic(context, listed, last.mic or answer.mic)
     assert server.complete
-    assert rounds > 1
-    result = server.result()
-    assert result.mechanism == "kerberos"
-    ours = result.protection
+    ours = server.result().protection
     assert ours is not None
     for number in range(3):
         assert ours.unwrap(g.wrap(context, b"in %d" % number, True).message) == b"in %d" % number
         assert g.unwrap(context, ours.wrap(b"out %d" % number)).message == b"out %d" % number
+
+
+def test_a_server_that_has_the_list_signed(realm: Realm) -> None:
+    """The same, with us as the client: the server, of another implementation, wants the list signed."""
+    import gssapi.raw as g
+
+    client = client_context(CLIENT)
+    first = first_token(client.step(None) or b"")
+    assert not isinstance(first, str)
+    creds = g.acquire_cred_from(None, None, mechs=[g.OID.from_int_seq(KRB5)], usage="accept").creds
+    done = g.accept_sec_context(first.token, creds)
+    token = client.step(pack_resp(NegTokenResp(REQUEST_MIC, KERBEROS[0], done.token)))
+    told = unpack_resp(token or b"")
+    g.verify_mic(done.context, first.listed, told.mic)
+    mic = g.get_mic(done.context, first.listed)
+    client.step(pack_resp(NegTokenResp(ACCEPT_COMPLETED, mic=mic)))
+    assert client.complete
+    ours = client.result().protection
+    assert ours is not None
+    for number in range(3):
+        assert ours.unwrap(g.wrap(done.context, b"in %d" % number, True).message) == b"in %d" % number
+        assert g.unwrap(done.context, ours.wrap(b"out %d" % number)).message == b"out %d" % number
+
+
+def test_ntlm_first_then_kerberos(realm: Realm) -> None:
+    """What a client lists first is another mechanism's, with its token: the list says that it can do better."""
+    import gssapi.raw as g
+
+    ntlm = "1.3.6.1.4.1.311.2.2.10"
+    try:
+        client = gssapi_client([ntlm, KRB5])
+        token, context = client(None)
+    except g.GSSError as error:
+        pytest.skip(f"needs gss-ntlmssp: {error}")
+    assert b"NTLMSSP" in (token or b"")
+    server = server_context(SERVER)
+    while token and (answer := server.step(token)):
+        token, context = client(answer)
+    result = server.result()
+    assert result.mechanism == "kerberos"
+    assert result.protection is not None
+    assert result.protection.unwrap(g.wrap(context, b"in", True).message) == b"in"
+    assert g.unwrap(context, result.protection.wrap(b"out")).message == b"out"
 
 
 def test_a_plain_server(realm: Realm) -> None:
@@ -533,7 +590,7 @@ def test_a_server_without_keys(realm: Realm) -> None:
     assert refused.value.code == 0x80090304
     realm.add("elsewhere/localhost")
     other = realm.export("elsewhere/localhost", keytab=realm.path("keytab"))
-    with pytest.raises(AuthenticationError, match="no key for this ticket"):
+    with pytest.raises(AuthenticationError, match="no key for the ticket's target"):
         server_context(replace(SERVER, credentials=Credentials(keytab=other))).step(first)
 
 

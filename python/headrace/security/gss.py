@@ -73,7 +73,7 @@ REASONS: dict[int, tuple[str, int]] = {
     EXPIRED: ("the ticket has expired: get a new one (kinit), or give a client_keytab", DENIED),
     33: ("the ticket isn't valid yet: check the clocks", DENIED),
     REPLAYED: ("the client's message is a replay: it was accepted before", DENIED),
-    35: ("the ticket is for another server: check target=, and the server's keytab", DENIED),
+    35: ("the server's keytab has no key for the ticket's target: check target=, and the keytab", DENIED),
     SKEW: ("the clocks of client and server (or KDC) differ too much: set them, by NTP", DENIED),
     41: ("the client's message was changed on the way", DENIED),
     44: (
@@ -113,7 +113,11 @@ WORDS: tuple[tuple[str, int], ...] = (
     ("Wrong principal in request", 35),
     ("Ticket not yet valid", 33),
 )
-BAD_BINDINGS, DEFECTIVE = 4, 9  # GSSAPI's major status, in its third byte (RFC 2744 section 3.9.1)
+BAD_BINDINGS, CREDENTIALS_OVER, CONTEXT_OVER = (
+    4,
+    11,
+    12,
+)  # GSSAPI's major status, in its third byte (RFC 2744 section 3.9.1)
 
 
 def library() -> Any:
@@ -167,8 +171,11 @@ def failure(what: str, error: Exception, received: bytes | None = None) -> Authe
     token = getattr(error, "token", None)
     token = token if isinstance(token, bytes) and token else None
     words = words_of(error)
-    if (getattr(error, "maj_code", 0) >> 16) & 0xFF == BAD_BINDINGS:
+    major = (getattr(error, "maj_code", 0) >> 16) & 0xFF
+    if major == BAD_BINDINGS:
         said, code = "the peer names another TLS connection than this one (channel binding)", DENIED
+    elif major in (CREDENTIALS_OVER, CONTEXT_OVER):
+        said, code = REASONS[EXPIRED]
     elif getattr(error, "min_code", None) == OWN_ERRORS:
         said, code = OTHER_PRINCIPAL, DENIED
     else:

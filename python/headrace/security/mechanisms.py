@@ -373,8 +373,8 @@ def client_context(settings: ClientSettings, binding: bytes | None = None) -> Se
     """A client's side of one authentication.
 
     ``binding`` is the ``tls-server-end-point`` hash of the connection's TLS (RFC 5929 section 4), without a prefix;
-    None where there's no TLS or the binding isn't defined. Doesn't block. The context's ``dispose`` may be called from any
-    thread at any time.
+    None where there's no TLS or the binding isn't defined. Doesn't block. The context's ``dispose`` may be called from
+    any thread at any time.
 
     Raises :class:`headrace.errors.AuthenticationError` when a binding is required and there's none, and when the
     ``kerberos`` extra is needed and isn't installed.
