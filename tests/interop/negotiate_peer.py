@@ -88,7 +88,9 @@ def transfer(stream: Any, task: dict[str, Any]) -> tuple[int, str]:
     payload = Path(task["payload"]).read_bytes()
     size = task["write"]
     for position in range(0, len(payload), size):
-        stream.Write(Array[Byte](payload[position : position + size]), 0, len(payload[position : position + size]))
+        stream.Write(
+            Array[Byte](payload[position : position + size]), 0, len(payload[position : position + size])
+        )
     stream.Flush()
     buffer = Array.CreateInstance(Byte, 65536)
     digest, received = hashlib.sha256(), 0

@@ -77,7 +77,9 @@ class ContextResult:
 class SecurityContext(Protocol):
     """One side of one authentication. Used by one thread at a time; its methods may block."""
 
-    complete: bool  # ``result`` may be called; no more steps follow
+    @property
+    def complete(self) -> bool:
+        """Whether ``result`` may be called; no more steps follow."""
 
     def step(self, token: bytes | None) -> bytes | None:
         """Takes the peer's token (None: a client's first step) and gives the next one of ours, if there's one.

@@ -27,8 +27,8 @@ class Credentials:
     Parameters
     ----------
     principal : str, optional
-        Who we are: ``"alice@EXAMPLE.ORG"``; for NTLM ``"DOMAIN\\\\alice"`` or ``"alice@example.org"``. Without it: whose
-        ticket is in the cache, any key of the keytab, the first user in NTLM_USER_FILE.
+        Who we are: ``"alice@EXAMPLE.ORG"``; for NTLM ``"DOMAIN\\\\alice"`` or ``"alice@example.org"``. Without it:
+        whose ticket is in the cache, any key of the keytab, the first user in NTLM_USER_FILE.
     password : str, optional
         Needs ``principal``. A client gets its ticket with it, in memory, once for each connection.
     keytab : path, optional

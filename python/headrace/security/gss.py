@@ -18,7 +18,6 @@ Rules
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import logging
 import time
@@ -64,8 +63,7 @@ REASONS: dict[int, tuple[str, int]] = {
     1: ("the client's password has expired: change it", DENIED),
     CLIENT_UNKNOWN: ("the KDC doesn't know the client: check Credentials(principal=)", DENIED),
     TARGET_UNKNOWN: (
-        "the KDC doesn't know the target: check target= (service/host, as the server's keytab has it), or have a"
-        " principal made for it",
+        "the KDC doesn't know the target: check target= (as the server's keytab has it), or have it made",
         DENIED,
     ),
     18: ("the client's account is locked or disabled", DENIED),
@@ -75,10 +73,13 @@ REASONS: dict[int, tuple[str, int]] = {
     EXPIRED: ("the ticket has expired: get a new one (kinit), or give a client_keytab", DENIED),
     33: ("the ticket isn't valid yet: check the clocks", DENIED),
     REPLAYED: ("the client's message is a replay: it was accepted before", DENIED),
-    35: ("the ticket is for another server: check target=, and the server's keytab", DENIED),
+    35: ("the server's keytab has no key for the ticket's target: check target=, and the keytab", DENIED),
     SKEW: ("the clocks of client and server (or KDC) differ too much: set them, by NTP", DENIED),
     41: ("the client's message was changed on the way", DENIED),
-    44: ("the server hasn't the key (its version) that the ticket is made with: export its keytab anew", DENIED),
+    44: (
+        "the server hasn't the key (its version) that the ticket is made with: export its keytab anew",
+        DENIED,
+    ),
     NO_KEY: (
         "the server's keytab has no key for this ticket: export the target's newest key to it, or get a new ticket",
         DENIED,
@@ -88,7 +89,10 @@ REASONS: dict[int, tuple[str, int]] = {
     156: ("no KDC can be reached: check the network, and KRB5_CONFIG's krb5.conf", DENIED),
     181: ("the keytab has no such key: check credentials' keytab, or KRB5_KTNAME", FAILED),
     195: ("there's no ticket: get one (kinit), or give a password, a client_keytab or a ccache", DENIED),
-    230: ("the server's keytab has the key only in another version: export it anew, or get a new ticket", DENIED),
+    230: (
+        "the server's keytab has the key only in another version: export it anew, or get a new ticket",
+        DENIED,
+    ),
 }
 OTHER_PRINCIPAL = "the ticket cache is another principal's: check Credentials(principal=)"
 NOT_CACHED, PASSWORD_WRONG, UNREACHABLE = 195, 24, 156
@@ -109,11 +113,15 @@ WORDS: tuple[tuple[str, int], ...] = (
     ("Wrong principal in request", 35),
     ("Ticket not yet valid", 33),
 )
-BAD_BINDINGS, DEFECTIVE = 4, 9  # GSSAPI's major status, in its third byte (RFC 2744 section 3.9.1)
+BAD_BINDINGS, CREDENTIALS_OVER, CONTEXT_OVER = (
+    4,
+    11,
+    12,
+)  # GSSAPI's major status, in its third byte (RFC 2744 section 3.9.1)
 
 
 def library() -> Any:
-    """``gssapi.raw``. Raises :class:`headrace.errors.AuthenticationError`, naming the extra, where it isn't installed."""
+    """``gssapi.raw``. Where it isn't installed: AuthenticationError, naming the extra."""
     try:
         import gssapi.raw
         import gssapi.raw.ext_krb5
@@ -163,8 +171,11 @@ def failure(what: str, error: Exception, received: bytes | None = None) -> Authe
     token = getattr(error, "token", None)
     token = token if isinstance(token, bytes) and token else None
     words = words_of(error)
-    if (getattr(error, "maj_code", 0) >> 16) & 0xFF == BAD_BINDINGS:
+    major = (getattr(error, "maj_code", 0) >> 16) & 0xFF
+    if major == BAD_BINDINGS:
         said, code = "the peer names another TLS connection than this one (channel binding)", DENIED
+    elif major in (CREDENTIALS_OVER, CONTEXT_OVER):
+        said, code = REASONS[EXPIRED]
     elif getattr(error, "min_code", None) == OWN_ERRORS:
         said, code = OTHER_PRINCIPAL, DENIED
     else:
@@ -234,13 +245,15 @@ def sids_of(name: Any) -> tuple[str, ...]:
 class GssProtection:
     """Messages by GSSAPI's wrap and unwrap, for encryption types that we have no code for: a ``MessageProtection``.
 
-    Their headers (RFC 4121 section 4.2.6.2) are checked as strictly as our own code does: direction, sealing, key and the
-    next number, for GSSAPI checks numbers only where it was agreed on, and takes unsealed tokens.
+    Their headers (RFC 4121 section 4.2.6.2) are checked as strictly as our own code does: direction, sealing, key and
+    the next number, for GSSAPI checks numbers only where it was agreed on, and takes unsealed tokens.
     """
 
     __slots__ = ("_context", "_expected", "_lost", "_number", "overhead", "sealed")
 
-    def __init__(self, context: Any, *, initiator: bool, subkey: bool, receive_sequence: int, sealed: bool) -> None:
+    def __init__(
+        self, context: Any, *, initiator: bool, subkey: bool, receive_sequence: int, sealed: bool
+    ) -> None:
         self._context = context
         self._expected = (0x01 if initiator else 0) | (0x02 if sealed else 0) | (0x04 if subkey else 0)
         self._number = receive_sequence
@@ -335,7 +348,9 @@ class KerberosContext:
         """See :class:`headrace.security.contexts.SecurityContext`."""
         context, self._context, self._creds = self._context, None, None
         if not self.complete or context is None:
-            raise AuthenticationError("the Kerberos authentication isn't finished, or its result was taken before")
+            raise AuthenticationError(
+                "the Kerberos authentication isn't finished, or its result was taken before"
+            )
         try:
             return self._told(context)
         except (self._g.GSSError, IndexError) as error:
@@ -355,7 +370,7 @@ class KerberosContext:
         protection, end = self._keys(context, signed=signed, sealed=sealed)
         if end <= time.time():
             raise AuthenticationError(
-                "the ticket has expired: its end is past, within the clock skew that Kerberos allows. Get a new one (kinit)",
+                "the ticket has expired, within the clock skew that Kerberos allows: get a new one (kinit)",
                 code=DENIED,
             )
         delegated, self._delegated = self._delegated, None
@@ -471,8 +486,6 @@ class KerberosClient(KerberosContext):
             told = failure(f"Kerberos has failed for {self._settings.target!r}", error)
             if self._spnego and number_of(error, None) is None:
                 self._asked_without_spnego()
-            if number_of(error, None) == TARGET_UNKNOWN and "krbtgt/" in words_of(error):
-                told = failure(f"Kerberos has failed for {self._settings.target!r}, no way to its realm", error)
         raise told
 
     def _asked_without_spnego(self) -> None:
@@ -535,9 +548,12 @@ class KerberosClient(KerberosContext):
         )
         self._context = done.context
         self.complete = not done.more_steps
-        if self._settings.impersonation is ImpersonationLevel.DELEGATION and DELEGATE not in map(int, done.flags):
+        if self._settings.impersonation is ImpersonationLevel.DELEGATION and DELEGATE not in map(
+            int, done.flags
+        ):
             raise AuthenticationError(
-                "the ticket can't be forwarded, and DELEGATION is asked for: get a forwardable one (kinit -f)", code=NOT_MET
+                "the ticket can't be forwarded, and DELEGATION is asked for: get a forwardable one (kinit -f)",
+                code=NOT_MET,
             )
         return bytes(done.token) if done.token else None
 
@@ -581,7 +597,7 @@ class KerberosServer(KerberosContext):
         self.complete = not done.more_steps
         if done.delegated_creds is not None:
             self._delegated = done.delegated_creds
-        if self.complete and int(self._settings.channel_binding == "require"):
+        if self.complete and self._settings.channel_binding == "require":
             self._require_bound(done.flags)
         return bytes(done.token) if done.token else None
 
@@ -610,13 +626,16 @@ class KerberosServer(KerberosContext):
         """Before the client hears of success."""
         if CHANNEL_BOUND not in map(int, flags):
             raise AuthenticationError(
-                "the client names no TLS connection (channel binding), and channel_binding='require'", code=DENIED
+                "the client names no TLS connection (channel binding), and channel_binding='require'",
+                code=DENIED,
             )
 
     def _demanded(self, level: ProtectionLevel, flags: int) -> None:
         super()._demanded(level, flags)
         if flags & ANONYMOUS:
-            raise AuthenticationError("the client's ticket is anonymous: it says nothing about who it is", code=DENIED)
+            raise AuthenticationError(
+                "the client's ticket is anonymous: it says nothing about who it is", code=DENIED
+            )
 
     def _identity(self, about: Any, flags: int) -> Identity | None:
         from headrace.security.mechanisms import target_allowed
@@ -624,7 +643,9 @@ class KerberosServer(KerberosContext):
         target = shown(about.target_name)
         allowed = self._settings.allowed_targets
         if allowed and not target_allowed(target, allowed):
-            raise AuthenticationError(f"the client asks for {target!r}, which isn't among allowed_targets", code=DENIED)
+            raise AuthenticationError(
+                f"the client asks for {target!r}, which isn't among allowed_targets", code=DENIED
+            )
         return identity_of(shown(about.initiator_name), sids_of(about.initiator_name))
 
     def _is_bound(self, flags: int) -> bool:
@@ -636,7 +657,8 @@ class KerberosServer(KerberosContext):
             level = ImpersonationLevel.IMPERSONATION
         if level < self._settings.impersonation:
             raise AuthenticationError(
-                f"the client allows {level.name}, and {self._settings.impersonation.name} is demanded", code=NOT_MET
+                f"the client allows {level.name}, and {self._settings.impersonation.name} is demanded",
+                code=NOT_MET,
             )
         if self._delegated is not None:
             import gssapi

@@ -28,6 +28,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from headrace.errors import AuthenticationError, FramingError
@@ -154,7 +155,9 @@ def unpack_response(token: bytes) -> Response:
         parts.append(token[offset : offset + size])
     response = parts[1]
     if len(response) < 48:
-        raise AuthenticationError("the client answers with NTLMv1, which is refused: it must use NTLMv2", code=DENIED)
+        raise AuthenticationError(
+            "the client answers with NTLMv1, which is refused: it must use NTLMv2", code=DENIED
+        )
     # Behind eight bytes of version, or (pyspnego's way) where that would be.
     mic_at = {80: 64}.get(payload, 72 if payload >= 88 else 0)
     return Response(
@@ -274,7 +277,9 @@ class NtlmProtection:
             data = self._in.crypt(data)
         if not hmac.compare_digest(bytes(view[:SIGNATURE_SIZE]), self._in.signature(data)):
             self._lost = True
-            raise FramingError("a message's NTLM signature is wrong: it was changed, repeated or left out on the way")
+            raise FramingError(
+                "a message's NTLM signature is wrong: it was changed, repeated or left out on the way"
+            )
         return data
 
     # ---- SPNEGO's mechListMIC, before the first message ------------------------------------------------------
@@ -371,7 +376,9 @@ class NtlmContext:
         else:
             right = self._protection.verify_list(self._listed, mic)
         if not right:
-            raise AuthenticationError("SPNEGO's list of mechanisms was changed on the way: its MIC is wrong", code=DENIED)
+            raise AuthenticationError(
+                "SPNEGO's list of mechanisms was changed on the way: its MIC is wrong", code=DENIED
+            )
 
     @property
     def _signs(self) -> bool:
@@ -380,7 +387,9 @@ class NtlmContext:
     def _finished(self, *, bound: bool, identity: Identity | None) -> ContextResult:
         response, protection = self._response, self._protection
         if not self.complete or response is None:
-            raise AuthenticationError("the NTLM authentication isn't finished, or its result was taken before")
+            raise AuthenticationError(
+                "the NTLM authentication isn't finished, or its result was taken before"
+            )
         signed, sealed = bool(response.flags & (SIGN | SEAL)), bool(response.flags & SEAL)
         level = ProtectionLevel(int(signed) + int(sealed))
         if level < self._settings.protection:
@@ -426,7 +435,11 @@ class NtlmClient(NtlmContext):
         settings = self._settings
         asked = spnego.ContextReq.none
         if settings.protection is not ProtectionLevel.NONE:
-            asked |= spnego.ContextReq.integrity | spnego.ContextReq.sequence_detect | spnego.ContextReq.replay_detect
+            asked |= (
+                spnego.ContextReq.integrity
+                | spnego.ContextReq.sequence_detect
+                | spnego.ContextReq.replay_detect
+            )
         if settings.protection is ProtectionLevel.ENCRYPT_AND_SIGN:
             asked |= spnego.ContextReq.confidentiality
         service, host, _ = check_target(settings.target)
@@ -490,7 +503,9 @@ class NtlmClient(NtlmContext):
             if not resp.token:
                 raise AuthenticationError("the server's SPNEGO token has no NTLM challenge in it")
             answer = self._respond(resp.token)
-            self._mic_due = self._response is not None and (self._response.says_mic or resp.state == REQUEST_MIC)
+            self._mic_due = self._response is not None and (
+                self._response.says_mic or resp.state == REQUEST_MIC
+            )
             mic = self._list_mic() if self._mic_due else None
             return pack_resp(NegTokenResp(ACCEPT_INCOMPLETE, None, answer, mic))
         if resp.state != ACCEPT_COMPLETED or resp.token:
@@ -577,12 +592,15 @@ class NtlmServer(NtlmContext):
             expected = hmac.digest(self._context.session_key, self._seen[0] + self._seen[1] + blank, "md5")
             if response.mic is None or not hmac.compare_digest(response.mic, expected):
                 raise AuthenticationError(
-                    "NTLM's messages were changed on the way: their MIC is wrong or was taken out", code=DENIED
+                    "NTLM's messages were changed on the way: their MIC is wrong or was taken out",
+                    code=DENIED,
                 )
         required = self._settings.channel_binding == "require"
         if self._binding is not None:
             self._bound = response.bindings is not None
-            if self._bound and not hmac.compare_digest(response.bindings or b"", bindings_hash(self._binding)):
+            if self._bound and not hmac.compare_digest(
+                response.bindings or b"", bindings_hash(self._binding)
+            ):
                 raise AuthenticationError(
                     "the client names another TLS connection than this one (channel binding): somebody is between, or"
                     " TLS ends before this server",
@@ -590,7 +608,8 @@ class NtlmServer(NtlmContext):
                 )
         if required and not self._bound:
             raise AuthenticationError(
-                "the client names no TLS connection (channel binding), and channel_binding='require'", code=DENIED
+                "the client names no TLS connection (channel binding), and channel_binding='require'",
+                code=DENIED,
             )
         self._check_target(response.target)
         self._user = spelled(self._context.client_principal or "")
@@ -598,7 +617,11 @@ class NtlmServer(NtlmContext):
     def _check_target(self, named: str) -> None:
         from headrace.security.mechanisms import target_allowed
 
-        if named and self._settings.allowed_targets and not target_allowed(named, self._settings.allowed_targets):
+        if (
+            named
+            and self._settings.allowed_targets
+            and not target_allowed(named, self._settings.allowed_targets)
+        ):
             raise AuthenticationError(
                 f"the client asks for {named!r}, which isn't among allowed_targets", code=DENIED
             )
@@ -625,7 +648,9 @@ class NtlmServer(NtlmContext):
     def result(self) -> ContextResult:
         """See :class:`headrace.security.contexts.SecurityContext`."""
         if self._settings.impersonation is ImpersonationLevel.DELEGATION:
-            raise AuthenticationError("NTLM forwards no credentials, and DELEGATION is demanded", code=NOT_MET)
+            raise AuthenticationError(
+                "NTLM forwards no credentials, and DELEGATION is demanded", code=NOT_MET
+            )
         domain, _, user = self._user.rpartition("\\")
         names = (f"user:{self._user}", f"domain:{domain}") if domain else (f"user:{user}",)
         return self._finished(bound=self._bound, identity=Identity(self._user, names))
@@ -634,15 +659,16 @@ class NtlmServer(NtlmContext):
 def spelled(principal: str) -> str:
     """A user as NTLM_USER_FILE has it: the client's spelling is its own choice, and access lists look at case."""
     wanted = principal.upper()
-    with open(os.environ["NTLM_USER_FILE"], encoding="utf-8") as file:
-        for line in file.read().splitlines():
-            parts = line.split(":")
-            if len(parts) == 3:
-                known = f"{parts[0]}\\{parts[1]}" if parts[0] else parts[1]
-            elif len(parts) == 6:
-                known = parts[0]
-            else:
-                continue
-            if known.upper() == wanted:
-                return known
+    lines: list[str] = []
+    with contextlib.suppress(OSError, UnicodeDecodeError, KeyError):  # it was there a moment ago
+        lines = Path(os.environ["NTLM_USER_FILE"]).read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        parts = line.split(":")
+        known = ""
+        if len(parts) == 3:
+            known = f"{parts[0]}\\{parts[1]}" if parts[0] else parts[1]
+        elif len(parts) == 6:
+            known = parts[0]
+        if known and known.upper() == wanted:
+            return known
     raise AuthenticationError("NTLM: the user isn't known, or the password is wrong", code=DENIED)

@@ -54,7 +54,9 @@ class Reader:
         if pointer:
             self.long()
             if self.long() != 0:
-                raise ValueError("the PAC's logon information has a string that doesn't begin at its beginning")
+                raise ValueError(
+                    "the PAC's logon information has a string that doesn't begin at its beginning"
+                )
             self.take(2 * self.long())
 
     def sid(self, pointer: int) -> str | None:

@@ -31,6 +31,7 @@ __all__ = [
     "REQUEST_MIC",
     "NegTokenInit",
     "NegTokenResp",
+    "Raw",
     "first_token",
     "kerberos_error",
     "pack_init",
