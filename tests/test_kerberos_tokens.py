@@ -610,7 +610,7 @@ class Realm:
     k5: Any
     gssapi: Any
 
-    def contexts(self, number: int) -> tuple[Any, Any]:
+    def contexts(self, number: int, *, mutual: bool = True) -> tuple[Any, Any]:
         """(an initiator's, an acceptor's) that are complete."""
         gssapi = self.gssapi
         raw = gssapi.raw
@@ -620,11 +620,15 @@ class Realm:
         for each in (client, server):
             raw.ext_krb5.krb5_set_allowable_enctypes(each, [number])
         wanted = gssapi.RequirementFlag
-        flags = wanted.mutual_authentication | wanted.confidentiality | wanted.integrity
+        flags = wanted.confidentiality | wanted.integrity
+        if mutual:
+            flags |= wanted.mutual_authentication
         flags |= wanted.replay_detection | wanted.out_of_sequence_detection
         initiator = gssapi.SecurityContext(name=name, creds=client, flags=flags, usage="initiate")
         acceptor = gssapi.SecurityContext(creds=server, usage="accept")
-        initiator.step(acceptor.step(initiator.step()))
+        reply = acceptor.step(initiator.step())
+        if mutual:
+            initiator.step(reply)
         assert initiator.complete
         assert acceptor.complete
         return initiator, acceptor
@@ -694,6 +698,24 @@ def test_all_sizes_with_mit(realm: Realm, number: int, we_initiate: bool, sealed
         assert wrapped.encrypted is sealed
         assert len(wrapped.message) == len(token)
         assert ours.unwrap(wrapped.message) == message
+
+
+@every_enctype
+@both_roles
+@both_protections
+def test_without_a_subkey_of_the_acceptor_s(
+    realm: Realm, number: int, we_initiate: bool, sealed: bool
+) -> None:
+    """There's none where the acceptor hasn't answered."""
+    ours, theirs = realm.contexts(number, mutual=False)
+    if not we_initiate:
+        ours, theirs = theirs, ours
+    exported = realm.export(ours)
+    assert exported.cfx_kd.acceptor_subkey is None
+    made = KerberosProtection.from_lucid(exported, sealed=sealed)
+    for size in range(40):
+        assert unwrapped(theirs, made.wrap(bytes(size))) == (bytes(size), sealed)
+        assert made.unwrap(theirs.wrap(bytes(size), sealed).message) == bytes(size)
 
 
 @every_enctype

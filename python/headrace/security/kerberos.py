@@ -245,6 +245,7 @@ class KerberosProtection:
     enctype : int
 
     Raises ``ValueError`` for an encryption type, a key or a number that can't be. Not thread-safe; nothing blocks.
+    A sealed connection keeps up to 32 KiB of working space once messages have gone both ways.
     """
 
     __slots__ = ("_receiver", "_sender", "enctype", "overhead", "sealed")
