@@ -50,7 +50,8 @@ SIZE = HEADER.size
 WRAP = 0x0504
 FILLER = 0xFF
 SENT_BY_ACCEPTOR, SEALED, ACCEPTOR_SUBKEY = 1, 2, 4
-FLAGS = {
+KNOWN = SENT_BY_ACCEPTOR | SEALED | ACCEPTOR_SUBKEY
+COMPLAINTS = {
     SENT_BY_ACCEPTOR: "comes from our own side",
     SEALED: "isn't sealed on a sealed connection, or the other way round",
     ACCEPTOR_SUBKEY: "is made with another key than the one agreed on",
@@ -131,7 +132,7 @@ class SealedReceiver:
             raise too_short(view, self._shortest)
         header = view[:SIZE].tobytes()
         usual = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
-        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(view)
+        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(header, view)
         plain = self._decryptor.decrypt(body)
         end = len(plain) - SIZE
         copy = plain[end:].tobytes()
@@ -140,9 +141,9 @@ class SealedReceiver:
         self._number = (self._number + 1) % NUMBERS
         return plain[: end - filler].tobytes()
 
-    def _unusual(self, view: memoryview) -> tuple[int, memoryview]:
+    def _unusual(self, header: bytes, view: memoryview) -> tuple[int, memoryview]:
         """(how much filler there is, the body in order) of a token with EC or RRC; most others end here."""
-        filler, rotation = check_header(view, self._flags, self._number)
+        filler, rotation = check_header(header, self._flags, self._number)
         if filler > len(view) - self._shortest:
             raise FramingError(f"a token of {len(view)} bytes says that {filler} of them are filler")
         return filler, rotated_back(view[SIZE:], rotation)
@@ -163,13 +164,13 @@ class SignedReceiver:
         view = memoryview(token)
         if len(view) < self._shortest:
             raise too_short(view, self._shortest)
-        size, rotation = check_header(view, self._flags, self._number)
+        header = view[:SIZE].tobytes()
+        size, rotation = check_header(header, self._flags, self._number)
         if size != self._checksum.size:
             raise FramingError(f"a token says that its checksum has {size} bytes, not {self._checksum.size}")
         body = rotated_back(view[SIZE:], rotation)
         data = body[:-size]
-        signed = b"".join((view[:4], b"\0\0\0\0", view[8:SIZE]))
-        if not self._checksum.matches(data, signed, body[-size:]):
+        if not self._checksum.matches(data, header[:4] + b"\0\0\0\0" + header[8:], body[-size:]):
             raise FramingError("a token has a wrong checksum")
         self._number = (self._number + 1) % NUMBERS
         return data.tobytes()
@@ -179,14 +180,14 @@ def too_short(view: memoryview, shortest: int) -> FramingError:
     return FramingError(f"a token of {len(view)} bytes is too short: {shortest} are the least")
 
 
-def check_header(view: memoryview, flags: int, number: int) -> tuple[int, int]:
+def check_header(header: bytes, flags: int, number: int) -> tuple[int, int]:
     """(EC, RRC) of a token that is otherwise the one expected."""
-    token, its_flags, filler, extra, rotation, its_number = HEADER.unpack_from(view)
+    token, its_flags, filler, extra, rotation, its_number = HEADER.unpack(header)
     if token != WRAP or filler != FILLER:
         raise FramingError("what came isn't a Wrap token of RFC 4121")
-    for flag, complaint in FLAGS.items():
-        if (its_flags ^ flags) & flag:
-            raise FramingError(f"a token {complaint}")
+    if wrong := (its_flags ^ flags) & KNOWN:
+        complaint = next(text for flag, text in COMPLAINTS.items() if wrong & flag)
+        raise FramingError(f"a token {complaint}")
     if its_number != number:
         what = "was repeated or is late" if its_number < number else "came too early: others are missing"
         raise FramingError(f"token number {its_number} {what}; {number} is the next")
