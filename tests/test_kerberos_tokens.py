@@ -215,6 +215,7 @@ class Forger:
     filler: int = 0
     rotation: int = 0
     flags: int = 0  # XORed into those of the header
+    third: int = 0xFF  # the header's byte behind the flags
     sealed_rotation: int = 0  # RRC in the copy of the header
     sealed_number: int = 0  # added to the number there
 
@@ -225,15 +226,17 @@ class Forger:
         flags ^= self.flags
         if values.sealed:
             extra = self.filler
-            copy = HEADER.pack(0x0504, flags, 0xFF, extra, self.sealed_rotation, number + self.sealed_number)
+            copy = HEADER.pack(
+                0x0504, flags, self.third, extra, self.sealed_rotation, number + self.sealed_number
+            )
             body = encrypted(values.enctype, values.key, usage, data, copy)
         else:
             extra = ENCTYPES[values.enctype].mac_size
-            signed = HEADER.pack(0x0504, flags, 0xFF, 0, 0, number)
+            signed = HEADER.pack(0x0504, flags, self.third, 0, 0, number)
             checksum = enctypes.Checksum(ENCTYPES[values.enctype], values.key, usage).of(data, signed)
             body = data + checksum
         turn = self.rotation % len(body)
-        header = HEADER.pack(0x0504, flags, 0xFF, extra, self.rotation, number)
+        header = HEADER.pack(0x0504, flags, self.third, extra, self.rotation, number)
         return header + body[len(body) - turn :] + body[: len(body) - turn]
 
     def filled(self, data: bytes, number: int) -> bytes:
@@ -418,6 +421,7 @@ def test_what_is_no_token(number: int, sealed: bool) -> None:
     agreed = values(number, sealed=sealed)
     for start in (b"\x04\x04", b"\x60\x40", b"GE", b"\x05\x05"):
         refused(agreed.acceptor, start + agreed.initiator.wrap(bytes(40))[2:], "isn't a Wrap token")
+    refused(agreed.acceptor, Forger(agreed, third=0).token(b"x", agreed.first), "isn't a Wrap token")
     for junk in (b"", b"\x05", bytes(15), bytes(16)):
         refused(agreed.acceptor, junk, "too short")
     refused(agreed.acceptor, bytes(200))
