@@ -7,11 +7,11 @@ Rules
 * A token's header says the direction, the key, whether it's encrypted, and a number. All of them must be what is
   expected, in every token and in both directions, whether or not replay or sequence detection was negotiated: the
   next number, no other. TCP loses and swaps nothing, so what is missing, repeated or late was taken out or put in.
-* A connection is sealed or it isn't. On a sealed one an unsealed token is refused, for whoever can't read could still
-  have it sent in clear; on an unsealed one a sealed token is refused, for no peer sends it (who seals has said so in
-  the resulting flags) and one way is easier to get right than two.
+* A connection is sealed or it isn't. On a sealed one an unsealed token is refused: it would be genuine, but a peer that
+  has begun to send in clear must not go unnoticed. On an unsealed one a sealed token is refused: no peer sends it (who
+  seals has said so in the resulting flags), and one way is easier to get right than two.
 * We send EC = 0 and RRC = 0 sealed, EC = the checksum's size and RRC = 0 unsealed, as MIT and .NET do. We take any
-  rotation, also by more than there is, and any filler (RFC 4121 sections 4.2.3 and 4.2.5): Windows uses both.
+  rotation, also by more than there is, and any filler (RFC 4121 sections 4.2.3 and 4.2.5): Windows is said to use both.
 * RRC isn't protected by anything (RFC 4121 section 4.2.4), so a rotation by a multiple of the body's length is taken
   like none: the message is the same. Every other change of a bit is found: the rest of the header is under the
   checksum, if it's sealed as the copy behind the message.
