@@ -215,6 +215,7 @@ class Forger:
     filler: int = 0
     rotation: int = 0
     flags: int = 0  # XORed into those of the header
+    third: int = 0xFF  # the header's byte behind the flags
     sealed_rotation: int = 0  # RRC in the copy of the header
     sealed_number: int = 0  # added to the number there
 
@@ -225,15 +226,17 @@ class Forger:
         flags ^= self.flags
         if values.sealed:
             extra = self.filler
-            copy = HEADER.pack(0x0504, flags, 0xFF, extra, self.sealed_rotation, number + self.sealed_number)
+            copy = HEADER.pack(
+                0x0504, flags, self.third, extra, self.sealed_rotation, number + self.sealed_number
+            )
             body = encrypted(values.enctype, values.key, usage, data, copy)
         else:
             extra = ENCTYPES[values.enctype].mac_size
-            signed = HEADER.pack(0x0504, flags, 0xFF, 0, 0, number)
+            signed = HEADER.pack(0x0504, flags, self.third, 0, 0, number)
             checksum = enctypes.Checksum(ENCTYPES[values.enctype], values.key, usage).of(data, signed)
             body = data + checksum
         turn = self.rotation % len(body)
-        header = HEADER.pack(0x0504, flags, 0xFF, extra, self.rotation, number)
+        header = HEADER.pack(0x0504, flags, self.third, extra, self.rotation, number)
         return header + body[len(body) - turn :] + body[: len(body) - turn]
 
     def filled(self, data: bytes, number: int) -> bytes:
@@ -418,6 +421,7 @@ def test_what_is_no_token(number: int, sealed: bool) -> None:
     agreed = values(number, sealed=sealed)
     for start in (b"\x04\x04", b"\x60\x40", b"GE", b"\x05\x05"):
         refused(agreed.acceptor, start + agreed.initiator.wrap(bytes(40))[2:], "isn't a Wrap token")
+    refused(agreed.acceptor, Forger(agreed, third=0).token(b"x", agreed.first), "isn't a Wrap token")
     for junk in (b"", b"\x05", bytes(15), bytes(16)):
         refused(agreed.acceptor, junk, "too short")
     refused(agreed.acceptor, bytes(200))
@@ -610,7 +614,7 @@ class Realm:
     k5: Any
     gssapi: Any
 
-    def contexts(self, number: int) -> tuple[Any, Any]:
+    def contexts(self, number: int, *, mutual: bool = True) -> tuple[Any, Any]:
         """(an initiator's, an acceptor's) that are complete."""
         gssapi = self.gssapi
         raw = gssapi.raw
@@ -620,11 +624,15 @@ class Realm:
         for each in (client, server):
             raw.ext_krb5.krb5_set_allowable_enctypes(each, [number])
         wanted = gssapi.RequirementFlag
-        flags = wanted.mutual_authentication | wanted.confidentiality | wanted.integrity
+        flags = wanted.confidentiality | wanted.integrity
+        if mutual:
+            flags |= wanted.mutual_authentication
         flags |= wanted.replay_detection | wanted.out_of_sequence_detection
         initiator = gssapi.SecurityContext(name=name, creds=client, flags=flags, usage="initiate")
         acceptor = gssapi.SecurityContext(creds=server, usage="accept")
-        initiator.step(acceptor.step(initiator.step()))
+        reply = acceptor.step(initiator.step())
+        if mutual:
+            initiator.step(reply)
         assert initiator.complete
         assert acceptor.complete
         return initiator, acceptor
@@ -694,6 +702,24 @@ def test_all_sizes_with_mit(realm: Realm, number: int, we_initiate: bool, sealed
         assert wrapped.encrypted is sealed
         assert len(wrapped.message) == len(token)
         assert ours.unwrap(wrapped.message) == message
+
+
+@every_enctype
+@both_roles
+@both_protections
+def test_without_a_subkey_of_the_acceptor_s(
+    realm: Realm, number: int, we_initiate: bool, sealed: bool
+) -> None:
+    """There's none where the acceptor hasn't answered."""
+    ours, theirs = realm.contexts(number, mutual=False)
+    if not we_initiate:
+        ours, theirs = theirs, ours
+    exported = realm.export(ours)
+    assert exported.cfx_kd.acceptor_subkey is None
+    made = KerberosProtection.from_lucid(exported, sealed=sealed)
+    for size in range(40):
+        assert unwrapped(theirs, made.wrap(bytes(size))) == (bytes(size), sealed)
+        assert made.unwrap(theirs.wrap(bytes(size), sealed).message) == bytes(size)
 
 
 @every_enctype

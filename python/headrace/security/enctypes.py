@@ -52,12 +52,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 BLOCK = 16  # bytes of an AES block, and of a confounder
 ZERO = bytes(BLOCK)
-KEPT = (
-    16 * 1024
-)  # bytes of working space that a direction keeps; larger messages get space for their own time
-CONFOUNDERS = (
-    64  # that many are taken from the kernel at a time: a call for each would cost five times as much
-)
+KEPT = 16 * 1024  # bytes of working space that a direction keeps; a larger message gets its own
+CONFOUNDERS = 64  # that many are taken from the kernel at a time: five times as fast as a call for each
 
 # What a derived key is for (RFC 3961 section 5.3).
 CHECKSUM_KEY = 0x99
@@ -176,7 +172,22 @@ class Checksum:
         return hmac.compare_digest(self.of(data, trailer), checksum)
 
 
-class Encryptor:
+class WithSpace:
+    """Working space that is kept from message to message. Nobody else's: it has plaintext in it."""
+
+    __slots__ = ("_space",)
+
+    def __init__(self) -> None:
+        self._space = memoryview(b"")
+
+    def _more_space(self, size: int) -> memoryview:
+        if size > KEPT:
+            return memoryview(bytearray(size))
+        self._space = memoryview(bytearray(min(2 * size, KEPT)))
+        return self._space
+
+
+class Encryptor(WithSpace):
     """Encrypts messages under one key. Not thread-safe; not to be used after an exception.
 
     Parameters
@@ -190,18 +201,18 @@ class Encryptor:
         The confounders; for tests.
     """
 
-    __slots__ = ("_encryptor", "_keyed", "_last", "_mac_of_ciphertext", "_mac_size", "_random", "_space")
+    __slots__ = ("_encryptor", "_keyed", "_last", "_mac_of_ciphertext", "_mac_size", "_random")
 
     def __init__(
         self, enctype: Enctype, key: bytes, usage: int, random: Iterator[bytes] | None = None
     ) -> None:
+        super().__init__()
         self._encryptor = cipher(enctype, key, usage).encryptor()
         self._keyed = keyed_mac(enctype, key, usage)
         self._mac_of_ciphertext = enctype.encrypt_then_mac
         self._mac_size = enctype.mac_size
         self._last = 0  # the block that it put out last, as a number; at first the IV
         self._random = random or confounders()
-        self._space = memoryview(b"")
 
     def encrypt(self, before: bytes, data: Buffer, behind: bytes) -> bytes:
         """``before`` as it is, ``data`` and ``behind`` encrypted as one message, and the checksum.
@@ -236,24 +247,18 @@ class Encryptor:
             mac.update(part)
         return b"".join((*parts[:4], mac.finalize()[: self._mac_size]))
 
-    def _more_space(self, size: int) -> memoryview:
-        if size > KEPT:
-            return memoryview(bytearray(size))
-        self._space = memoryview(bytearray(min(2 * size, KEPT)))
-        return self._space
 
-
-class Decryptor:
+class Decryptor(WithSpace):
     """Decrypts messages under one key. Not thread-safe; not to be used after an exception."""
 
-    __slots__ = ("_decryptor", "_keyed", "_mac_of_ciphertext", "_mac_size", "_space")
+    __slots__ = ("_decryptor", "_keyed", "_mac_of_ciphertext", "_mac_size")
 
     def __init__(self, enctype: Enctype, key: bytes, usage: int) -> None:
+        super().__init__()
         self._decryptor = cipher(enctype, key, usage).decryptor()
         self._keyed = keyed_mac(enctype, key, usage)
         self._mac_of_ciphertext = enctype.encrypt_then_mac
         self._mac_size = enctype.mac_size
-        self._space = memoryview(b"")
 
     def decrypt(self, message: memoryview) -> memoryview:
         """What is behind the confounder. It stays unchanged until the next call.
@@ -285,12 +290,6 @@ class Decryptor:
         # What was cut off the last block but one is what the zeros that filled the last one were XORed with.
         filled = self._decryptor.update(ZERO + last.tobytes())
         return b"".join((ZERO, message[:tail], before, filled[BLOCK + rest :], last))
-
-    def _more_space(self, size: int) -> memoryview:
-        if size > KEPT:
-            return memoryview(bytearray(size))
-        self._space = memoryview(bytearray(min(2 * size, KEPT)))
-        return self._space
 
     def _verify(self, data: memoryview, checksum: memoryview) -> None:
         mac = self._keyed.copy()

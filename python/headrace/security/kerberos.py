@@ -7,11 +7,11 @@ Rules
 * A token's header says the direction, the key, whether it's encrypted, and a number. All of them must be what is
   expected, in every token and in both directions, whether or not replay or sequence detection was negotiated: the
   next number, no other. TCP loses and swaps nothing, so what is missing, repeated or late was taken out or put in.
-* A connection is sealed or it isn't. On a sealed one an unsealed token is refused, for whoever can't read could still
-  have it sent in clear; on an unsealed one a sealed token is refused, for no peer sends it (who seals has said so in
-  the resulting flags) and one way is easier to get right than two.
+* A connection is sealed or it isn't. On a sealed one an unsealed token is refused: it would be genuine, but a peer that
+  has begun to send in clear must not go unnoticed. On an unsealed one a sealed token is refused: no peer sends it (who
+  seals has said so in the resulting flags), and one way is easier to get right than two.
 * We send EC = 0 and RRC = 0 sealed, EC = the checksum's size and RRC = 0 unsealed, as MIT and .NET do. We take any
-  rotation, also by more than there is, and any filler (RFC 4121 sections 4.2.3 and 4.2.5): Windows uses both.
+  rotation, also by more than there is, and any filler (RFC 4121 sections 4.2.3 and 4.2.5): Windows is said to use both.
 * RRC isn't protected by anything (RFC 4121 section 4.2.4), so a rotation by a multiple of the body's length is taken
   like none: the message is the same. Every other change of a bit is found: the rest of the header is under the
   checksum, if it's sealed as the copy behind the message.
@@ -50,7 +50,8 @@ SIZE = HEADER.size
 WRAP = 0x0504
 FILLER = 0xFF
 SENT_BY_ACCEPTOR, SEALED, ACCEPTOR_SUBKEY = 1, 2, 4
-FLAGS = {
+KNOWN = SENT_BY_ACCEPTOR | SEALED | ACCEPTOR_SUBKEY
+COMPLAINTS = {
     SENT_BY_ACCEPTOR: "comes from our own side",
     SEALED: "isn't sealed on a sealed connection, or the other way round",
     ACCEPTOR_SUBKEY: "is made with another key than the one agreed on",
@@ -131,7 +132,7 @@ class SealedReceiver:
             raise too_short(view, self._shortest)
         header = view[:SIZE].tobytes()
         usual = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
-        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(view)
+        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(header, view)
         plain = self._decryptor.decrypt(body)
         end = len(plain) - SIZE
         copy = plain[end:].tobytes()
@@ -140,9 +141,9 @@ class SealedReceiver:
         self._number = (self._number + 1) % NUMBERS
         return plain[: end - filler].tobytes()
 
-    def _unusual(self, view: memoryview) -> tuple[int, memoryview]:
+    def _unusual(self, header: bytes, view: memoryview) -> tuple[int, memoryview]:
         """(how much filler there is, the body in order) of a token with EC or RRC; most others end here."""
-        filler, rotation = check_header(view, self._flags, self._number)
+        filler, rotation = check_header(header, self._flags, self._number)
         if filler > len(view) - self._shortest:
             raise FramingError(f"a token of {len(view)} bytes says that {filler} of them are filler")
         return filler, rotated_back(view[SIZE:], rotation)
@@ -163,13 +164,13 @@ class SignedReceiver:
         view = memoryview(token)
         if len(view) < self._shortest:
             raise too_short(view, self._shortest)
-        size, rotation = check_header(view, self._flags, self._number)
+        header = view[:SIZE].tobytes()
+        size, rotation = check_header(header, self._flags, self._number)
         if size != self._checksum.size:
             raise FramingError(f"a token says that its checksum has {size} bytes, not {self._checksum.size}")
         body = rotated_back(view[SIZE:], rotation)
         data = body[:-size]
-        signed = b"".join((view[:4], b"\0\0\0\0", view[8:SIZE]))
-        if not self._checksum.matches(data, signed, body[-size:]):
+        if not self._checksum.matches(data, header[:4] + b"\0\0\0\0" + header[8:], body[-size:]):
             raise FramingError("a token has a wrong checksum")
         self._number = (self._number + 1) % NUMBERS
         return data.tobytes()
@@ -179,14 +180,14 @@ def too_short(view: memoryview, shortest: int) -> FramingError:
     return FramingError(f"a token of {len(view)} bytes is too short: {shortest} are the least")
 
 
-def check_header(view: memoryview, flags: int, number: int) -> tuple[int, int]:
+def check_header(header: bytes, flags: int, number: int) -> tuple[int, int]:
     """(EC, RRC) of a token that is otherwise the one expected."""
-    token, its_flags, filler, extra, rotation, its_number = HEADER.unpack_from(view)
+    token, its_flags, filler, extra, rotation, its_number = HEADER.unpack(header)
     if token != WRAP or filler != FILLER:
         raise FramingError("what came isn't a Wrap token of RFC 4121")
-    for flag, complaint in FLAGS.items():
-        if (its_flags ^ flags) & flag:
-            raise FramingError(f"a token {complaint}")
+    if wrong := (its_flags ^ flags) & KNOWN:
+        complaint = next(text for flag, text in COMPLAINTS.items() if wrong & flag)
+        raise FramingError(f"a token {complaint}")
     if its_number != number:
         what = "was repeated or is late" if its_number < number else "came too early: others are missing"
         raise FramingError(f"token number {its_number} {what}; {number} is the next")
@@ -245,6 +246,7 @@ class KerberosProtection:
     enctype : int
 
     Raises ``ValueError`` for an encryption type, a key or a number that can't be. Not thread-safe; nothing blocks.
+    A sealed connection keeps up to 32 KiB of working space once messages have gone both ways.
     """
 
     __slots__ = ("_receiver", "_sender", "enctype", "overhead", "sealed")
