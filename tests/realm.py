@@ -85,6 +85,11 @@ def free_port() -> int:
     raise RuntimeError("no port is free for TCP and UDP")
 
 
+def enctype_is_weak(enctype: str) -> bool:
+    """Whether MIT has to be told to use it at all."""
+    return enctype.startswith("arcfour")
+
+
 class Realm:
     """A realm with its KDC, one user and two services on localhost.
 
@@ -153,6 +158,7 @@ class Realm:
             "dns_canonicalize_hostname": "false",
             "rdns": "false",
             "forwardable": "false",
+            **dict.fromkeys(("allow_weak_crypto", "allow_rc4"), str(enctype_is_weak(self.enctype)).lower()),
             **enctypes,
         }
         at = f"127.0.0.1:{self.port}"
