@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,13 @@ from headrace.errors import AuthenticationError, FramingError
 from headrace.security.contexts import ContextResult, ImpersonationLevel, ProtectionLevel, SecurityContext
 from headrace.security.credentials import Credentials
 from headrace.security.gss import GssProtection
-from headrace.security.mechanisms import ClientSettings, ServerSettings, client_context, server_context
+from headrace.security.mechanisms import (
+    ClientSettings,
+    Guarded,
+    ServerSettings,
+    client_context,
+    server_context,
+)
 from headrace.security.spnego import (
     ACCEPT_INCOMPLETE,
     KERBEROS,
@@ -682,6 +689,41 @@ def test_a_context_fails_once() -> None:
         server.step(client_context(CLIENT).step(None))
     server.dispose()
     server.dispose()
+
+
+def test_giving_up_waits_for_nobody() -> None:
+    """A context that is disposed of while its step runs is done with when the step is."""
+    begun, goes_on = threading.Event(), threading.Event()
+    disposed: list[bool] = []
+
+    class Slow:
+        complete = False
+
+        def step(self, token: bytes | None) -> bytes | None:
+            begun.set()
+            assert goes_on.wait(30)
+            assert not disposed
+            return b"token"
+
+        def result(self) -> ContextResult:
+            raise AssertionError
+
+        def dispose(self) -> None:
+            disposed.append(True)
+
+    context = Guarded(Slow())
+    thread = threading.Thread(target=context.step, args=(None,))
+    thread.start()
+    assert begun.wait(30)
+    with pytest.raises(RuntimeError, match="one step at a time"):
+        context.step(None)
+    context.dispose()
+    assert not disposed
+    goes_on.set()
+    thread.join(30)
+    assert disposed
+    with pytest.raises(AuthenticationError, match="given up"):
+        context.step(None)
 
 
 def test_results_come_once() -> None:
