@@ -20,6 +20,7 @@ from headrace.errors import AuthenticationError
 from headrace.security.contexts import ImpersonationLevel
 from headrace.security.credentials import Credentials
 from headrace.security.gss import identity_of, realm_of
+from headrace.security.kerberos import KerberosProtection
 from headrace.security.mechanisms import (
     ClientSettings,
     ServerSettings,
@@ -28,6 +29,7 @@ from headrace.security.mechanisms import (
     server_context,
     target_allowed,
 )
+from headrace.security.ntlm import NtlmProtection
 from headrace.security.pac import sids
 from headrace.security.spnego import first_token, kerberos_error, unpack_resp
 from realm import Realm
@@ -347,9 +349,27 @@ def forms(secret: bytes) -> set[str]:
     return {one for form in shown for one in (form, form.upper())} | {secret.decode("latin-1")}
 
 
+def remember_keys(monkeypatch: pytest.MonkeyPatch, keys: list[bytes]) -> None:
+    """Puts the keys of the protections that are made into the list."""
+    of_kerberos, of_ntlm = KerberosProtection.__init__, NtlmProtection.__init__
+
+    def kerberos(self: KerberosProtection, **given: Any) -> None:
+        keys.append(given["key"])
+        of_kerberos(self, **given)
+
+    def ntlm(self: NtlmProtection, session_key: bytes, **given: Any) -> None:
+        keys.append(session_key)
+        of_ntlm(self, session_key, **given)
+
+    monkeypatch.setattr(KerberosProtection, "__init__", kerberos)
+    monkeypatch.setattr(NtlmProtection, "__init__", ntlm)
+
+
 @pytest.mark.parametrize("mechanism", ["kerberos", "ntlm"])
 @pytest.mark.parametrize("good", [True, False], ids=["right", "wrong"])
-def test_no_secret_is_shown(realm: Realm, everything: Everything, mechanism: Any, good: bool) -> None:
+def test_no_secret_is_shown(
+    realm: Realm, everything: Everything, mechanism: Any, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     password = realm.password if good else "wrong-" + os.urandom(8).hex()
     principal = realm.principal if mechanism == "kerberos" else f"{realm.ntlm_domain}\\{realm.user}"
     ours = Credentials(principal=principal, password=password)
@@ -358,6 +378,8 @@ def test_no_secret_is_shown(realm: Realm, everything: Everything, mechanism: Any
     )
     seen: list[str] = []
     secrets = [password.encode(), password.encode("utf-16-le")]
+    keys: list[bytes] = []
+    remember_keys(monkeypatch, keys)
     with realm.applied():
         client = client_context(client_side)
         server = server_context(ServerSettings(mechanisms=(mechanism,)))
@@ -380,6 +402,8 @@ def test_no_secret_is_shown(realm: Realm, everything: Everything, mechanism: Any
             seen += [repr(error), "".join(traceback.format_exception(error)), repr(error.args)]
         else:
             assert good
+            assert len(keys) >= 2
+    secrets += keys
     text = "\n".join(everything.said + seen)
     assert text
     for secret in secrets:
