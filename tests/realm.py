@@ -192,8 +192,10 @@ class Realm:
         """Starts the KDC, and waits until it listens."""
         program = find("krb5kdc")
         assert program is not None
+        # A test that crashes the interpreter must not leave a KDC behind.
+        setpriv = find("setpriv")
         self._kdc = subprocess.Popen(
-            [program, "-n"],
+            [*([setpriv, "--pdeathsig", "TERM"] if setpriv else []), program, "-n"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
