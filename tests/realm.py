@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from headrace.testing.realm import DEFAULT, ENCTYPES, Realm, needs
+from headrace.testing.realm import DEFAULT, ENCTYPES, OTHER_ENCTYPES, Realm, needs
 
-__all__ = ["ENCTYPES", "Realm", "realm", "realms"]
+__all__ = ["ENCTYPES", "OTHER_ENCTYPES", "Realm", "needs", "realm", "realms"]
 
 
 @pytest.fixture(scope="session")
 def realms() -> Iterator[Callable[[str], Realm]]:
-    """A realm by the name of its enctype, see ENCTYPES; made when it's first asked for."""
+    """A realm by the name of its enctype, see ENCTYPES and OTHER_ENCTYPES; made when it's first asked for."""
     reason = needs()
     if reason is not None:
         pytest.skip(reason)

@@ -359,6 +359,93 @@ def test_pyspnegos_bindings_are_ours() -> None:
     assert server.result().channel_bound
 
 
+# ---- gss-ntlmssp as a peer: what .NET uses on Linux ----------------------------------------------------------
+
+NTLM_OID, SPNEGO_OID = "1.3.6.1.4.1.311.2.2.10", "1.3.6.1.5.5.2"
+MESSAGE_FLAGS = {SEALED: 0x3E, SIGNED: 0x2E, NONE: 0}
+
+
+def gss_ntlmssp(usage: str, wrapped: bool) -> tuple[Any, Any, Any]:
+    """``gssapi.raw``, a mechanism, and credentials that are NTLM's only."""
+    g = pytest.importorskip("gssapi.raw", reason="needs gssapi")
+    ntlm, spnego_oid = (g.OID.from_int_seq(one) for one in (NTLM_OID, SPNEGO_OID))
+    if ntlm not in g.indicate_mechs():
+        pytest.skip("needs gss-ntlmssp")
+    mechanism = spnego_oid if wrapped else ntlm
+    if usage == "accept":
+        creds = g.acquire_cred_from(None, None, mechs=None if wrapped else [ntlm], usage="accept").creds
+    else:
+        user = g.import_name(b"HEADRACE\\alice", g.NameType.user)
+        creds = g.acquire_cred_with_password(
+            user, PASSWORD.encode(), usage="initiate", mechs=[mechanism]
+        ).creds
+    if wrapped:
+        g.set_neg_mechs(creds, [ntlm])
+    return g, mechanism, creds
+
+
+def exchange(g: Any, context: Any, ours: Any, sealed: bool) -> None:
+    """Messages both ways."""
+    for number in range(3):
+        data = b"data %d" % number
+        if sealed:
+            assert ours.unwrap(g.wrap(context, data, True).message) == data
+            assert g.unwrap(context, ours.wrap(data)).message == data
+        else:
+            assert ours.unwrap(g.get_mic(context, data) + data) == data
+            token = ours.wrap(data)
+            g.verify_mic(context, token[16:], token[:16])
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
+@pytest.mark.parametrize(
+    ("wrapped", "protection"),
+    [(True, SEALED), (True, SIGNED), (False, SEALED), (False, SIGNED), (False, NONE)],
+)
+def test_a_gss_ntlmssp_client(wrapped: bool, protection: ProtectionLevel, bound: bool) -> None:
+    g, mechanism, creds = gss_ntlmssp("initiate", wrapped)
+    name = g.import_name(b"test@localhost", g.NameType.hostbased_service)
+    bindings = g.ChannelBindings(application_data=b"tls-server-end-point:" + BINDING) if bound else None
+    server = server_context(
+        replace(SERVER, protection=protection, channel_binding="require" if bound else "when-supported"),
+        BINDING,
+    )
+    context = token = None
+    while True:
+        done = g.init_sec_context(
+            name, creds, context, mechanism, [MESSAGE_FLAGS[protection]], None, bindings, token
+        )
+        context = done.context
+        if not done.token or (token := server.step(done.token)) is None:
+            break
+    result = server.result()
+    assert result.is_encrypted is (protection == SEALED)
+    assert result.channel_bound is bound
+    assert (result.protection is None) is (protection == NONE)
+    if result.protection is not None:
+        exchange(g, context, result.protection, result.is_encrypted)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "protection"),
+    [(True, SEALED), (True, SIGNED), (False, SEALED), (False, SIGNED), (False, NONE)],
+)
+def test_a_gss_ntlmssp_server(wrapped: bool, protection: ProtectionLevel) -> None:
+    g, _, creds = gss_ntlmssp("accept", wrapped)
+    client = client_context(replace(CLIENT, spnego=wrapped, protection=protection))
+    token, context = client.step(None), None
+    while token:
+        done = g.accept_sec_context(token, creds, context)
+        context = done.context
+        token = client.step(done.token) if done.token else None
+    assert client.complete
+    result = client.result()
+    assert result.is_encrypted is (protection == SEALED)
+    assert (result.protection is None) is (protection == NONE)
+    if result.protection is not None:
+        exchange(g, context, result.protection, result.is_encrypted)
+
+
 # ---- what nobody may see -------------------------------------------------------------------------------------
 
 

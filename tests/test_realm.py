@@ -14,9 +14,14 @@ from realm import ENCTYPES, Realm, find
 @pytest.mark.parametrize("enctype", list(ENCTYPES))
 def test_tickets_are_of_the_chosen_enctype(realms: Callable[[str], Realm], enctype: str) -> None:
     realm = realms(enctype)
-    realm.kvno("test/localhost")
+    ccache = realm.kinit()
+    realm.kvno("test/localhost", ccache=ccache)
     klist = subprocess.run(
-        [find("klist") or "klist", "-e"], env=realm.environment(), capture_output=True, timeout=30, check=True
+        [find("klist") or "klist", "-e", str(ccache)],
+        env=realm.environment(),
+        capture_output=True,
+        timeout=30,
+        check=True,
     )
     assert b"test/localhost" in klist.stdout
     assert (

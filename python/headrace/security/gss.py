@@ -360,7 +360,7 @@ class KerberosContext:
         about = self._g.inquire_context(context)
         if about.mech != oid(KERBEROS) or not about.complete:
             raise AuthenticationError("SPNEGO came to another mechanism than Kerberos", code=UNSUPPORTED)
-        flags = sum(int(flag) for flag in about.flags)
+        flags = int(about.flags)
         sealed = bool(flags & CONFIDENTIALITY)
         signed = sealed or bool(flags & INTEGRITY)
         self._demanded(ProtectionLevel(int(signed) + int(sealed)), flags)
@@ -548,9 +548,7 @@ class KerberosClient(KerberosContext):
         )
         self._context = done.context
         self.complete = not done.more_steps
-        if self._settings.impersonation is ImpersonationLevel.DELEGATION and DELEGATE not in map(
-            int, done.flags
-        ):
+        if self._settings.impersonation is ImpersonationLevel.DELEGATION and not int(done.flags) & DELEGATE:
             raise AuthenticationError(
                 "the ticket can't be forwarded, and DELEGATION is asked for: get a forwardable one (kinit -f)",
                 code=NOT_MET,
@@ -624,7 +622,7 @@ class KerberosServer(KerberosContext):
 
     def _require_bound(self, flags: Any) -> None:
         """Before the client hears of success."""
-        if CHANNEL_BOUND not in map(int, flags):
+        if not int(flags) & CHANNEL_BOUND:
             raise AuthenticationError(
                 "the client names no TLS connection (channel binding), and channel_binding='require'",
                 code=DENIED,

@@ -485,10 +485,27 @@ class NtlmClient(NtlmContext):
     def _respond(self, challenge: bytes) -> bytes:
         if message_type(challenge) != CHALLENGE:
             raise AuthenticationError("the server's NTLM message isn't the challenge that was due")
-        response = self._pyspnego(challenge)
-        assert response is not None
+        response = self._pyspnego(challenge) or b""
+        if unpack_response(response).flags & (SIGN | SEAL | KEY_EXCHANGE) == KEY_EXCHANGE:
+            response = self._seen[2] = self._with_key(response)
         self._agreed()
         self.complete = not self._spnego
+        return response
+
+    def _with_key(self, response: bytes) -> bytes:
+        """Where nothing is signed no session key is exchanged ([MS-NLMP] section 3.1.5.1.2), so pyspnego sends none.
+
+        But gss-ntlmssp, and so .NET on Linux, uses what is there (and ends the process where nothing is). The key that
+        there is without an exchange, encrypted with itself, has both kinds of server come to the same.
+        """
+        key = self._context.session_key
+        field = struct.pack("<HHI", 16, 16, len(response))
+        response = response[:52] + field + response[60:] + bytes(rc4(key).update(key))
+        told = unpack_response(response)
+        if told.says_mic and told.mic_at:
+            start, end = told.mic_at, told.mic_at + 16
+            whole = b"".join((*self._seen[:2], response[:start], bytes(16), response[end:]))
+            response = response[:start] + hmac.digest(key, whole, "md5") + response[end:]
         return response
 
     def _spnego_step(self, resp: NegTokenResp) -> bytes | None:
