@@ -177,7 +177,7 @@ def test_access_lists(
         return made[-1]
 
     async def main() -> None:
-        async with serving(factory, headrace.Negotiate(access=access)) as pair:
+        async with serving(factory, headrace.Negotiate(accept=access)) as pair:
             client = Bytes()
             if permitted:
                 (await pair.connect(client)).abort()
@@ -202,7 +202,7 @@ def test_a_decision_may_take_time(loop: headrace.EventLoop, script: Script, answ
         return answer
 
     async def main() -> None:
-        security = headrace.Negotiate(access=headrace.AccessList(decide=decide))
+        security = headrace.Negotiate(accept=headrace.AccessList(decide=decide))
         async with serving(Leases, security) as pair:
             reader, writer = await raw(pair)
             protection = headrace_toy()
@@ -239,7 +239,7 @@ def test_a_decision_that_fails_keeps_the_peer_out(loop: headrace.EventLoop, scri
         raise LookupError("the directory is down")
 
     async def main() -> None:
-        security = headrace.Negotiate(access=headrace.AccessList(decide=decide))
+        security = headrace.Negotiate(accept=headrace.AccessList(decide=decide))
         async with serving(Leases, security) as pair:
             with pytest.raises((SecurityError, ConnectionError)):
                 await pair.connect(Bytes())
@@ -253,7 +253,7 @@ def test_an_access_list_that_changes_closes_who_is_denied(loop: headrace.EventLo
     access = headrace.AccessList(["principal:alice@TOY", "principal:bob@TOY"])
 
     async def main() -> None:
-        async with serving(Leases, headrace.Negotiate(access=access)) as pair:
+        async with serving(Leases, headrace.Negotiate(accept=access)) as pair:
             alice, bob = Bytes(), Bytes()
             await pair.connect(alice)
             alice_there = await pair.accepted.get()
@@ -277,7 +277,7 @@ def test_an_access_list_forgets_connections_that_are_gone(loop: headrace.EventLo
     access = headrace.AccessList(["realm:TOY"])
 
     async def main() -> None:
-        async with serving(Leases, headrace.Negotiate(access=access)) as pair:
+        async with serving(Leases, headrace.Negotiate(accept=access)) as pair:
             client = Bytes()
             transport = await pair.connect(client)
             server = await pair.accepted.get()

@@ -44,7 +44,7 @@ def test_all_bytes_both_ways(
         own = headrace.Credentials(ccache=realm.ccache)
         rule = f"principal:{realm.principal}"
     client_side = headrace.Negotiate(credentials=own, **options)
-    server_side = headrace.Negotiate(access=headrace.AccessList([rule]), **options)
+    server_side = headrace.Negotiate(accept=headrace.AccessList([rule]), **options)
 
     async def main() -> None:
         async with serving(KINDS[kind], server_side, client_side) as pair:

@@ -318,7 +318,7 @@ def test_access_lists(loop: headrace.EventLoop) -> None:
 
     async def main() -> None:
         access = headrace.AccessList(["dns:alice.example", "dns:both.example"], deny=["dns:mallory.example"])
-        security = server_tls(ca=ca_file(), client_certificate="required", access=access)
+        security = server_tls(ca=ca_file(), client_certificate="required", accept=access)
         made: list[Recorder] = []
 
         def factory() -> Recorder:
@@ -347,7 +347,7 @@ def test_an_access_list_keeps_a_server_out_as_well(loop: headrace.EventLoop) -> 
     async def main() -> None:
         async with serving(Bytes) as pair:
             with pytest.raises(AccessDenied, match=r"'server\.example' is kept out: none of its names"):
-                await pair.connect(Bytes(), client_tls(access=headrace.AccessList(["dns:other.example"])))
+                await pair.connect(Bytes(), client_tls(accept=headrace.AccessList(["dns:other.example"])))
 
     run(loop, main())
 
@@ -574,7 +574,7 @@ def test_what_does_not_go_together_is_refused(loop: headrace.EventLoop) -> None:
             (headrace.TLS(), ValueError, "a TLS server needs certificate="),
             (headrace.TLS(certificate="/nowhere.pem"), CertificateError, "/nowhere.pem can't be read"),
             (
-                server_tls(access=headrace.AccessList(["dns:a"])),
+                server_tls(accept=headrace.AccessList(["dns:a"])),
                 ValueError,
                 "an access list needs clients with",
             ),

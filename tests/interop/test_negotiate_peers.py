@@ -255,7 +255,7 @@ def test_our_wrong_password(loop: headrace.EventLoop, realm: Realm, peer: DotNet
 
 def test_a_client_that_is_not_on_the_list(loop: headrace.EventLoop, realm: Realm, peer: DotNetPeer) -> None:
     level = ProtectionLevel.ENCRYPT_AND_SIGN
-    security = ours(realm, "client", "kerberos", level, access=headrace.AccessList(["realm:ELSEWHERE"]))
+    security = ours(realm, "client", "kerberos", level, accept=headrace.AccessList(["realm:ELSEWHERE"]))
     task = task_of(realm, "client", "kerberos", level, expect=1)
     outcome, _ = failing(loop, realm, peer, task, security)
     assert outcome is not None

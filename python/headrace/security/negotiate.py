@@ -85,7 +85,7 @@ class Negotiate(Security):
     channel_binding : {"when-supported", "require", "never"}
         Inside TLS: whether the authentication is bound to that channel (``tls-server-end-point``, RFC 5929). By default
         it's always sent, and one that doesn't fit is refused; with "require" a peer without one is refused, too.
-    access : AccessList, optional
+    accept : AccessList, optional
         Who is let in, by the names that the authentication gave.
     frame_size : int
         Bytes of plaintext in a frame that is sent; 1 to 64,512.
@@ -117,7 +117,7 @@ class Negotiate(Security):
         impersonation: ImpersonationLevel = ImpersonationLevel.IDENTIFICATION,
         mutual: bool | None = None,
         channel_binding: ChannelBinding = "when-supported",
-        access: AccessList | None = None,
+        accept: AccessList | None = None,
         frame_size: int = FRAME_SIZE,
         on_expiry: Literal["close", "notify", "ignore"] = "close",
         handshake_timeout: float = 10.0,
@@ -138,7 +138,7 @@ class Negotiate(Security):
         self.impersonation = ImpersonationLevel(impersonation)
         self.mutual = mutual if mutual is not None else "ntlm" not in self.mechanisms
         self.channel_binding: ChannelBinding = channel_binding
-        self.access = access
+        self.accept = accept
         self.frame_size = frame_size
         self.on_expiry = on_expiry
         self._server: ServerSettings | None = None
@@ -375,7 +375,7 @@ class NegotiateLayer(SecurityLayer):
         settings.check_result(result, server_side=self._server_side, binding=self._binding)
         self._result = result
         self._step = step
-        return settings.access is None or self._ask(settings.access, result.remote_identity)
+        return settings.accept is None or self._ask(settings.accept, result.remote_identity)
 
     def _complete(self, step: Step) -> None:
         assert step.result is not None

@@ -22,7 +22,7 @@ class Security:
     One object serves any number of servers and connections of one loop.
     """
 
-    access: AccessList | None
+    accept: AccessList | None
     handshake_timeout: float
     shutdown_timeout: float
     max_pending_handshakes: int

@@ -82,7 +82,7 @@ class TLS(Security):
     alpn : iterable of str
         Application protocols, in order of preference (RFC 7301).
     minimum_version : ssl.TLSVersion
-    access : AccessList, optional
+    accept : AccessList, optional
         Who is let in, by the names in the peer's certificate; checked after every handshake, resumed or not.
     truncation : {"error", "eof"}
         What a stream's end without close_notify is: :class:`headrace.errors.TruncatedError`, after everything that came
@@ -120,7 +120,7 @@ class TLS(Security):
         crl: Path | Iterable[Path] | None = None,
         alpn: Iterable[str] = (),
         minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
-        access: AccessList | None = None,
+        accept: AccessList | None = None,
         truncation: Literal["error", "eof"] = "error",
         handshake_timeout: float = 10.0,
         shutdown_timeout: float = 5.0,
@@ -148,7 +148,7 @@ class TLS(Security):
             raise ValueError(f"truncation must be 'error' or 'eof', not {truncation!r}")
         self._limit(handshake_timeout, shutdown_timeout, max_pending_handshakes)
         self.context = context
-        self.access = access
+        self.accept = accept
         self.truncation = truncation
         self.resumption = resumption
         self._certificate = certificate
@@ -171,7 +171,7 @@ class TLS(Security):
     def server_contexts(self) -> ServerCertificates | ssl.SSLContext:
         """What a server uses; built at the first call. Raises what the class says."""
         if self.context is not None:
-            if self.access is not None and self.context.verify_mode == ssl.CERT_NONE:
+            if self.accept is not None and self.context.verify_mode == ssl.CERT_NONE:
                 raise ValueError(
                     "an access list needs clients with certificates: set the context's verify_mode"
                 )
@@ -202,7 +202,7 @@ class TLS(Security):
                     client_certificate=self._client_certificate,
                 )
             }
-        if self.access is not None:
+        if self.accept is not None:
             for name, one in certificates.items():
                 if one.client_certificate == "none":
                     raise ValueError(
@@ -350,8 +350,8 @@ class TLSLayer(SecurityLayer):
         settings = self._settings
         if settings is not None:
             settings._over(self)
-            if settings.access is not None:
-                return self._ask(settings.access, self._security().remote_identity)
+            if settings.accept is not None:
+                return self._ask(settings.accept, self._security().remote_identity)
         return True
 
     def _deadline_error(self) -> Exception:
