@@ -19,7 +19,7 @@ demo:            ## 1,000 connections at 1 Gbit/s for a while, with a live view
 	$(BIN)/headrace demo $(ARGS)
 
 test:            ## the test suite, both engines
-	@.ci/setup applications demo interop test
+	@.ci/setup applications demo interop realm test
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 bench:           ## benchmarks against asyncio, uvloop, rloop, Twisted and C
