@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,8 @@ from headrace.security import enctypes
 from headrace.security.contexts import MessageProtection
 from headrace.security.enctypes import CHECKSUM_KEY, ENCRYPTION_KEY, ENCTYPES, INTEGRITY_KEY
 from headrace.security.kerberos import HEADER, KerberosProtection, supported_enctype
+from realm import ENCTYPES as REALM_ENCTYPES
+from realm import Realm
 
 NUMBERS = [17, 18, 19, 20]
 LARGE = [
@@ -591,93 +592,52 @@ def test_exported_contexts_with_and_without_a_subkey() -> None:
 
 # ---- MIT krb5 ------------------------------------------------------------------------------------------------------
 
-NAMES = " ".join(kind.name for kind in ENCTYPES.values())
+BY_NUMBER = {number: name for name, (_, number) in REALM_ENCTYPES.items()}
 
 
-def free_ports(count: int = 10) -> int:
-    """The first of some ports in a row that nobody listened on a moment ago."""
-    for base in range(20_000 + os.getpid() % 900 * 10, 61_000, 10):
-        try:
-            for port in range(base, base + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return base
-    raise RuntimeError("no free ports")
+class Meeting:
+    """Contexts between a user and a service, in a realm of one enctype."""
 
-
-@dataclass(frozen=True)
-class Realm:
-    """A realm with keys of all types, and contexts between a user and a service in it."""
-
-    k5: Any
-    gssapi: Any
+    def __init__(self, realms: Callable[[str], Realm]) -> None:
+        self._realms = realms
 
     def contexts(self, number: int, *, mutual: bool = True) -> tuple[Any, Any]:
         """(an initiator's, an acceptor's) that are complete."""
-        gssapi = self.gssapi
-        raw = gssapi.raw
-        name = gssapi.Name(self.k5.host_princ, gssapi.NameType.kerberos_principal)
-        client = gssapi.Credentials(usage="initiate", store={"ccache": self.cache(number)})
-        server = gssapi.Credentials(usage="accept", store={"keytab": self.k5.keytab})
-        for each in (client, server):
-            raw.ext_krb5.krb5_set_allowable_enctypes(each, [number])
+        gssapi = importlib.import_module("gssapi")
+        realm = self._realms(BY_NUMBER[number])
         wanted = gssapi.RequirementFlag
         flags = wanted.confidentiality | wanted.integrity
+        flags |= wanted.replay_detection | wanted.out_of_sequence_detection
         if mutual:
             flags |= wanted.mutual_authentication
-        flags |= wanted.replay_detection | wanted.out_of_sequence_detection
-        initiator = gssapi.SecurityContext(name=name, creds=client, flags=flags, usage="initiate")
-        acceptor = gssapi.SecurityContext(creds=server, usage="accept")
-        reply = acceptor.step(initiator.step())
-        if mutual:
-            initiator.step(reply)
+        with realm.applied():
+            name = gssapi.Name(f"{realm.services[0]}@{realm.name}", gssapi.NameType.kerberos_principal)
+            initiator = gssapi.SecurityContext(name=name, flags=flags, usage="initiate")
+            acceptor = gssapi.SecurityContext(usage="accept")
+            reply = acceptor.step(initiator.step())
+            if mutual:
+                initiator.step(reply)
         assert initiator.complete
         assert acceptor.complete
         return initiator, acceptor
-
-    def cache(self, number: int) -> str:
-        """Credentials of its own for each type: a ticket once got is used for every later context."""
-        path = f"{self.k5.ccache}-{number}"
-        if not os.path.exists(path):
-            shutil.copy(self.k5.ccache, path)
-        return path
-
-    def export(self, context: Any) -> Any:
-        return self.gssapi.raw.ext_krb5.krb5_export_lucid_sec_context(context, 1)
 
     def mixed(self, number: int, *, we_initiate: bool, sealed: bool) -> tuple[KerberosProtection, Any]:
         """(ours, MIT's) of one context."""
         initiator, acceptor = self.contexts(number)
         ours, theirs = (initiator, acceptor) if we_initiate else (acceptor, initiator)
-        made = KerberosProtection.from_lucid(self.export(ours), sealed=sealed)
+        made = KerberosProtection.from_lucid(exported(ours), sealed=sealed)
         assert made.enctype == number
         return made, theirs
 
 
+def exported(context: Any) -> Any:
+    """A context's keys and numbers; it can't be used any more."""
+    return importlib.import_module("gssapi").raw.ext_krb5.krb5_export_lucid_sec_context(context, 1)
+
+
 @pytest.fixture(scope="module")
-def realm() -> Iterator[Realm]:
-    gssapi = pytest.importorskip("gssapi", reason="needs gssapi")
-    k5test = pytest.importorskip("k5test", reason="needs k5test")
-    pytest.importorskip("gssapi.raw.ext_krb5", reason="needs gssapi with MIT krb5's extensions")
-    for program in ("krb5kdc", "kadmin.local", "kinit"):
-        if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
-            pytest.skip(f"needs {program}")
-    libdefaults = {"permitted_enctypes": NAMES, "rdns": "false", "dns_canonicalize_hostname": "false"}
-    keys = " ".join(f"{name}:normal" for name in NAMES.split())
-    made = k5test.K5Realm(
-        portbase=free_ports(),
-        krb5_conf={"libdefaults": libdefaults},
-        kdc_conf={"realms": {"$realm": {"supported_enctypes": keys}}},
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.env.items():
-            if name.startswith("KRB5"):
-                patch.setenv(name, value)
-        yield Realm(made, gssapi)
-    made.stop()
-    del made
+def meeting(realms: Callable[[str], Realm]) -> Meeting:
+    return Meeting(realms)
 
 
 def unwrapped(context: Any, token: bytes) -> tuple[bytes, bool]:
@@ -691,8 +651,8 @@ both_roles = pytest.mark.parametrize("we_initiate", [True, False], ids=["initiat
 @every_enctype
 @both_roles
 @both_protections
-def test_all_sizes_with_mit(realm: Realm, number: int, we_initiate: bool, sealed: bool) -> None:
-    ours, theirs = realm.mixed(number, we_initiate=we_initiate, sealed=sealed)
+def test_all_sizes_with_mit(meeting: Meeting, number: int, we_initiate: bool, sealed: bool) -> None:
+    ours, theirs = meeting.mixed(number, we_initiate=we_initiate, sealed=sealed)
     data = os.urandom(max(SIZES))
     for size in SIZES:
         message = data[:size]
@@ -708,15 +668,15 @@ def test_all_sizes_with_mit(realm: Realm, number: int, we_initiate: bool, sealed
 @both_roles
 @both_protections
 def test_without_a_subkey_of_the_acceptor_s(
-    realm: Realm, number: int, we_initiate: bool, sealed: bool
+    meeting: Meeting, number: int, we_initiate: bool, sealed: bool
 ) -> None:
     """There's none where the acceptor hasn't answered."""
-    ours, theirs = realm.contexts(number, mutual=False)
+    ours, theirs = meeting.contexts(number, mutual=False)
     if not we_initiate:
         ours, theirs = theirs, ours
-    exported = realm.export(ours)
-    assert exported.cfx_kd.acceptor_subkey is None
-    made = KerberosProtection.from_lucid(exported, sealed=sealed)
+    lucid_context = exported(ours)
+    assert lucid_context.cfx_kd.acceptor_subkey is None
+    made = KerberosProtection.from_lucid(lucid_context, sealed=sealed)
     for size in range(40):
         assert unwrapped(theirs, made.wrap(bytes(size))) == (bytes(size), sealed)
         assert made.unwrap(theirs.wrap(bytes(size), sealed).message) == bytes(size)
@@ -725,15 +685,17 @@ def test_without_a_subkey_of_the_acceptor_s(
 @every_enctype
 @both_roles
 @both_protections
-def test_mit_takes_filler_and_rotation(realm: Realm, number: int, we_initiate: bool, sealed: bool) -> None:
+def test_mit_takes_filler_and_rotation(
+    meeting: Meeting, number: int, we_initiate: bool, sealed: bool
+) -> None:
     """So what we take of the kind is what was meant."""
-    ours, theirs = realm.contexts(number)
+    ours, theirs = meeting.contexts(number)
     if not we_initiate:
         ours, theirs = theirs, ours
-    exported = realm.export(ours)
-    keys = exported.cfx_kd
+    lucid_context = exported(ours)
+    keys = lucid_context.cfx_kd
     agreed = Values(number, keys.acceptor_subkey or keys.ctx_key, keys.acceptor_subkey is not None, sealed)
-    position = exported.send_seq
+    position = lucid_context.send_seq
     for size in (0, 1, 15, 16, 17, 100):
         for filler in (0, 1, 16, 300) if sealed else (0,):
             for rotation in (0, 1, 12, 28, 60, 1000, 0xFFFF):
@@ -745,20 +707,22 @@ def test_mit_takes_filler_and_rotation(realm: Realm, number: int, we_initiate: b
 
 @every_enctype
 @both_roles
-def test_mit_s_unsealed_token_on_a_sealed_connection(realm: Realm, number: int, we_initiate: bool) -> None:
-    ours, theirs = realm.mixed(number, we_initiate=we_initiate, sealed=True)
+def test_mit_s_unsealed_token_on_a_sealed_connection(
+    meeting: Meeting, number: int, we_initiate: bool
+) -> None:
+    ours, theirs = meeting.mixed(number, we_initiate=we_initiate, sealed=True)
     refused(ours, theirs.wrap(bytes(100), False).message, "sealed")
 
 
 @every_enctype
 @both_protections
-def test_mit_s_tokens_changed_or_out_of_order(realm: Realm, number: int, sealed: bool) -> None:
-    ours, theirs = realm.mixed(number, we_initiate=False, sealed=sealed)
+def test_mit_s_tokens_changed_or_out_of_order(meeting: Meeting, number: int, sealed: bool) -> None:
+    ours, theirs = meeting.mixed(number, we_initiate=False, sealed=sealed)
     first, second = (theirs.wrap(data, sealed).message for data in (b"first", b"second"))
     assert ours.unwrap(first) == b"first"
     refused(ours, first, "repeated")
-    ours, theirs = realm.mixed(number, we_initiate=False, sealed=sealed)
+    ours, theirs = meeting.mixed(number, we_initiate=False, sealed=sealed)
     theirs.wrap(b"dropped", sealed)
     refused(ours, theirs.wrap(b"kept", sealed).message, "missing")
-    ours, theirs = realm.mixed(number, we_initiate=False, sealed=sealed)
+    ours, theirs = meeting.mixed(number, we_initiate=False, sealed=sealed)
     refused(ours, second)
