@@ -54,6 +54,7 @@ def test_a_password_is_not_shown() -> None:
         {"principal": "a\0b"},
         {"principal": "a", "password": ""},
         {"keytab": ""},
+        {"delegated": object(), "keytab": "/tmp/kt"},
     ],
 )
 def test_credentials_that_do_not_go_together(wrong: dict[str, Any]) -> None:

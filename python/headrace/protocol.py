@@ -48,6 +48,9 @@ class Protocol(asyncio.BaseProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone: ``None`` after an end in order or ``close``, else what ended it."""
 
+    def security_expired(self) -> None:
+        """The peer's ticket has ended; only with ``headrace.Negotiate(on_expiry="notify")``."""
+
     def pause_writing(self) -> None:
         """More than the high-water mark is queued: stop writing until ``resume_writing``."""
 

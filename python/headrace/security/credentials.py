@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Credentials"]
 
 # What a replay cache is called that isn't one (MIT, krb5_rc_resolve); "dfl:" is the machine's own.
 NO_REPLAY_CACHE = "none:"
+
+PLACES = ("principal", "password", "keytab", "client_keytab", "ccache", "replay_cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,9 @@ class Credentials:
         Where a server remembers what it has accepted (``"dfl:"``, ``"file2:/var/lib/app/rcache"``). ``"none:"`` has it
         forget: whoever can record a client's first message can then replay it, and is only stopped by the
         protection of messages. It's warned about, and refused where messages aren't protected.
+    delegated : gssapi.Credentials, optional
+        What a client has forwarded to us (:attr:`headrace.SecurityInfo.delegated`): we are that client at the next
+        server. Kerberos only, a client only, and instead of all the others.
 
     Raises
     ------
@@ -54,14 +60,17 @@ class Credentials:
     client_keytab: str | os.PathLike[str] | None = None
     ccache: str | os.PathLike[str] | None = None
     replay_cache: str | None = None
+    delegated: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.password is not None and self.principal is None:
             raise ValueError("a password needs the principal whose it is")
         if self.password is not None and (self.ccache is not None or self.client_keytab is not None):
             raise ValueError("give a password, or a ccache or client_keytab: not both")
-        for name in ("principal", "password", "keytab", "client_keytab", "ccache", "replay_cache"):
-            value = getattr(self, name)
+        given = {name: getattr(self, name) for name in PLACES}
+        if self.delegated is not None and any(value is not None for value in given.values()):
+            raise ValueError("delegated credentials stand for themselves: give nothing beside them")
+        for name, value in given.items():
             if value is not None and ("\0" in os.fspath(value) or not os.fspath(value)):
                 raise ValueError(f"{name} is empty or has a NUL in it")
 

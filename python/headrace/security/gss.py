@@ -513,14 +513,17 @@ class KerberosClient(KerberosContext):
         name = None
         if ours.principal is not None:
             name = g.import_name(ours.principal.encode(), g.NameType.user)
-        if ours.password is not None:
+        if ours.delegated is not None:
+            # A copy: what is set on it below must not reach other connections.
+            creds = g.import_cred(g.export_cred(ours.delegated))
+        elif ours.password is not None:
             creds = g.acquire_cred_with_password(
                 name, ours.password.encode(), usage="initiate", mechs=[oid(mechanism)]
             ).creds
         else:
             mechs = None if mechanism == SPNEGO else [oid(mechanism)]
             creds = g.acquire_cred_from(ours.initiator_store(), name, mechs=mechs, usage="initiate").creds
-        if mechanism == SPNEGO:
+        if mechanism == SPNEGO and ours.delegated is None:  # what is forwarded is for Kerberos alone
             self._only_kerberos(creds)
         if self._settings.protection is not ProtectionLevel.ENCRYPT_AND_SIGN:
             g.set_cred_option(oid(NO_CI_FLAGS), creds, None)
