@@ -29,36 +29,51 @@ def missing(runtime: str) -> str | None:
 
 
 class DotNetPeer:
-    """A process that does one task after the other; see ``negotiate_peer.py``."""
+    """A process that does one task after the other; see ``negotiate_peer.py``. One that got stuck is replaced."""
 
     def __init__(self, runtime: str, environment: dict[str, str]) -> None:
         self.runtime = runtime
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "negotiate_peer.py"), runtime],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._hear() == {"ready": True}
+        self._environment = environment
+        self._process: subprocess.Popen[str] | None = None
+        self._busy = False  # a task was given, and its outcome hasn't been heard
 
     def _hear(self) -> dict[str, Any]:
         """The next line. A process that says nothing in time is ended, and so has said nothing."""
-        timer = threading.Timer(PATIENCE, self._process.kill)
+        process = self._process
+        assert process is not None
+        timer = threading.Timer(PATIENCE, process.kill)
         timer.start()
         try:
-            assert self._process.stdout is not None
-            line = self._process.stdout.readline()
+            assert process.stdout is not None
+            line = process.stdout.readline()
         finally:
             timer.cancel()
         if not line:
-            raise AssertionError(f".NET {self.runtime} said nothing; it ended with {self._process.poll()}")
+            raise AssertionError(f".NET {self.runtime} said nothing; it ended with {process.wait(PATIENCE)}")
         answer: dict[str, Any] = json.loads(line)
+        if "received" in answer or "failed" in answer:
+            self._busy = False
         return answer
+
+    def start(self) -> None:
+        """A process that is ready for a task: the one that there is, if it has none."""
+        if self._busy or (self._process is not None and self._process.poll() is not None):
+            self.stop()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "negotiate_peer.py"), self.runtime],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
+            assert self._hear() == {"ready": True}
 
     def give(self, **task: Any) -> None:
         """A task begins."""
+        assert self._process is not None
         assert self._process.stdin is not None
+        self._busy = True
         self._process.stdin.write(json.dumps(task) + "\n")
         self._process.stdin.flush()
 
@@ -68,12 +83,11 @@ class DotNetPeer:
 
     def stop(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._busy:
+            process.kill()
+            self._busy = False
+        with process:  # closes its pipes, and waits
+            pass
