@@ -65,6 +65,16 @@ def good(run: subprocess.CompletedProcess[str], folder: Path, name: str = "demo.
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["oneway", "echo"])
+def test_small_run_over_tls(tmp_path: Path, engine_name: str, mode: str) -> None:
+    arguments = ("--connections", "50", "--seconds", "0.8", "--rate", "40Mbit", "--size", "16KiB")
+    run = demo(tmp_path, *arguments, "--mode", mode, "--engine", engine_name, "--security", "tls")
+    result = good(run, tmp_path)
+    assert result["engine"] == engine_name
+    assert result["security"] == "tls"
+    assert result["messages"] + result["unsent_messages"] == 245
+
+
 @pytest.mark.parametrize("protocol", ["lease", "bytes"])
 @pytest.mark.parametrize("mode", ["oneway", "echo"])
 def test_small_run(tmp_path: Path, engine_name: str, mode: str, protocol: str) -> None:

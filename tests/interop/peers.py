@@ -243,6 +243,7 @@ class DotNet:
     """.NET 8's SslStream; IANA's names of cipher suites."""
 
     name = "dotnet"
+    slow = True  # to start
 
     @staticmethod
     def missing() -> str | None:
@@ -263,6 +264,7 @@ class Java:
     """The JDK's SSLSocket; IANA's names of cipher suites."""
 
     name = "java"
+    slow = True
 
     @staticmethod
     def missing() -> str | None:
