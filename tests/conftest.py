@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cells import is_left_out
+
 if TYPE_CHECKING:
     from headrace import EventLoop
 
 # A shell's background job ignores SIGINT, and so would every program that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item)]
 
 
 @functools.cache
