@@ -405,6 +405,47 @@ def test_truncation_taken_as_an_end(loop: headrace.EventLoop, how: str, version:
     run(loop, main())
 
 
+class Pausing(Bytes):
+    """Doesn't read from its first bytes on, until somebody says so."""
+
+    def data_received(self, data: bytes) -> None:
+        if not self.data:
+            self.transport.pause_reading()
+        super().data_received(data)
+
+
+@pytest.mark.parametrize("pauses", [False, True], ids=["reads", "pauses"])
+@pytest.mark.parametrize("how", ["eof", "ssl"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "whole"])
+def test_what_a_peer_that_left_is_told(loop: headrace.EventLoop, how: str, cut: bool, pauses: bool) -> None:
+    """asyncio says nothing to a peer that has left without a word; headrace.TLS ends its own stream all the same."""
+
+    async def main() -> None:
+        context = server_context(NAME)
+        size = await flight_size(context)
+        within_close_notify = size - 12
+        peer = Telling(context, server_side=True, at_most=within_close_notify if cut else None)
+        options: Any = (
+            {"ssl": client_context()} if how == "ssl" else {"security": client_tls(truncation="eof")}
+        )
+        protocol = Pausing() if pauses else Bytes()
+        async with serving(lambda: peer) as address:
+            transport, _ = await loop.create_connection(
+                lambda: protocol, *address, server_hostname=NAME, **options
+            )
+            if pauses:
+                await peer.until(lambda: peer.ended or peer.complete)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                transport.resume_reading()
+            await protocol.seen("lost")
+            await peer.lost.wait()
+        assert protocol.data == MESSAGE
+        assert peer.closed_by_peer is not (cut and how == "ssl")
+
+    run(loop, main())
+
+
 @pytest.mark.parametrize("how", ["security", "eof", "ssl"])
 def test_truncation_in_streams(loop: headrace.EventLoop, how: str) -> None:
     """A reader gets what came, and then TruncatedError; where truncations are ends, ``b""``."""

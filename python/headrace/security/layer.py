@@ -214,6 +214,10 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         """Whether each direction may end by itself."""
         raise NotImplementedError
 
+    def _leaves_silently(self) -> bool:
+        """Whether the peer has left in such a way that it isn't told of our end."""
+        return False
+
     # ---- the beginning ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -707,12 +711,13 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         if self._core.unsent:
             return
         self._goodbye = True
-        try:
-            self._core.close()
-        except CORE_ERRORS as exc:
-            self._fail(exc)
-            return
-        self._send_outgoing()
+        if not self._leaves_silently():
+            try:
+                self._core.close()
+            except CORE_ERRORS as exc:
+                self._fail(exc)
+                return
+            self._send_outgoing()
         if self._core.peer_closed or self._lower_ended:
             self._finish_closing()
 

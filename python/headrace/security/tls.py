@@ -446,6 +446,9 @@ class SSLTransport(TLSLayer):
     def _half_closes(self) -> bool:
         return False
 
+    def _leaves_silently(self) -> bool:
+        return self._lower_ended and not self._core.peer_closed
+
     def _shutdown_error(self, unsent: int) -> Exception | None:
         return TimeoutError("SSL shutdown timed out")
 
