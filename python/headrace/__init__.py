@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace import files
+from headrace import files, messages
 from headrace._pool import BufferPool, Lease
 from headrace._stream import StreamTransport
 from headrace.errors import (
@@ -14,6 +14,9 @@ from headrace.errors import (
     FramingError,
     HandshakeError,
     HeadraceError,
+    IncompleteReadError,
+    LimitOverrunError,
+    MessageError,
     SecurityError,
     StalledError,
     TruncatedError,
@@ -30,6 +33,14 @@ from headrace.security import (
     Negotiate,
     ProtectionLevel,
     SecurityInfo,
+)
+from headrace.streams import (
+    Reader,
+    Writer,
+    open_connection,
+    open_unix_connection,
+    start_server,
+    start_unix_server,
 )
 
 __all__ = [
@@ -49,19 +60,29 @@ __all__ = [
     "HeadraceError",
     "Identity",
     "ImpersonationLevel",
+    "IncompleteReadError",
     "Lease",
+    "LimitOverrunError",
+    "MessageError",
     "Negotiate",
     "ProtectionLevel",
     "Protocol",
+    "Reader",
     "SecurityError",
     "SecurityInfo",
     "StalledError",
     "StreamTransport",
     "TruncatedError",
+    "Writer",
     "__version__",
     "files",
+    "messages",
     "new_event_loop",
+    "open_connection",
+    "open_unix_connection",
     "run",
+    "start_server",
+    "start_unix_server",
 ]
 
 __version__ = "0.1.0"

@@ -7,6 +7,8 @@ for bad arguments) stays that as well.
 
 from __future__ import annotations
 
+import asyncio
+
 __all__ = [
     "AccessDenied",
     "AuthenticationError",
@@ -16,6 +18,9 @@ __all__ = [
     "FramingError",
     "HandshakeError",
     "HeadraceError",
+    "IncompleteReadError",
+    "LimitOverrunError",
+    "MessageError",
     "SecurityError",
     "StalledError",
     "TruncatedError",
@@ -36,6 +41,18 @@ class EngineUnavailable(EngineError):  # noqa: N818  # a state of the machine, n
 
 class StalledError(HeadraceError, ConnectionError):
     """A connection was given up because its peer accepted no byte for too long while data was queued."""
+
+
+class IncompleteReadError(HeadraceError, asyncio.IncompleteReadError):
+    """A stream ended before what was asked for had come; ``partial`` has what was there."""
+
+
+class LimitOverrunError(HeadraceError, asyncio.LimitOverrunError):
+    """No separator came within a stream's limit; nothing was consumed."""
+
+
+class MessageError(HeadraceError, ValueError):
+    """A message that its framing can't hold, or bytes that aren't in that framing; the text says which."""
 
 
 class SecurityError(HeadraceError, ConnectionError):

@@ -37,7 +37,10 @@ async def start_tls(
     tls = make_layer(loop, protocol, context, handshake, **options)
     reader: Any = getattr(protocol, "_stream_reader", None)  # of an asyncio.StreamReaderProtocol
     ahead, ended = b"", False
-    if isinstance(reader, asyncio.StreamReader):
+    take = getattr(protocol, "_take_read_ahead", None)  # of headrace's streams
+    if take is not None:
+        ahead, ended = take(tls)
+    elif isinstance(reader, asyncio.StreamReader):
         ahead, ended = take_read_ahead(reader)
         # What it pauses when it's full must be the TLS side (cpython#114921), and from its first byte on: the raw
         # transport, paused by then, would never be resumed. (It may have none yet: the protocol learns of TLS first.)
