@@ -53,6 +53,8 @@ STREAM_PEERS = [
     "asyncio-streams",
     "headrace-uring-streams",
     "headrace-epoll-streams",
+    "headrace-uring-reader",
+    "headrace-epoll-reader",
 ]
 
 # The metric's unit in seconds: pytest-benchmark takes every figure for seconds.
@@ -121,7 +123,7 @@ class Board:
         if row not in self.results:
             # Ratios need their denominators, whatever -k has left over.
             needed = [REFERENCE] if row.mode.startswith("datagram") else [REFERENCE, limit_peer(row)]
-            if any(peer.endswith("-streams") for peer in self.selected[row]):
+            if any(peer.endswith(("-streams", "-reader")) for peer in self.selected[row]):
                 needed.append(f"{REFERENCE}-streams")
             peers = list(dict.fromkeys([*needed, *self.selected[row]]))
             self.results[row] = run_row(row, peers, self.settings, raw=self.raw)

@@ -1,4 +1,4 @@
-"""Bytes in one direction, as fast as they go and paced; and asyncio's streams API."""
+"""Bytes in one direction, as fast as they go and paced; and streams, asyncio's and headrace's."""
 
 from __future__ import annotations
 

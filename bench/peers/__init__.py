@@ -5,7 +5,7 @@ in the modes of TLS the file of a certificate and its key as well, and prints ``
 Python peers run ``loop_server.py`` or ``twisted_server.py`` in processes of their own, with the interpreter that
 runs the benchmark, default settings and the same protocol code.
 
-Names: ``headrace-<engine>-<kind>`` with engine uring or epoll and kind lease, bytes, buffered or streams;
+Names: ``headrace-<engine>-<kind>`` with engine uring or epoll and kind lease, bytes, buffered, streams or reader;
 ``asyncio``, ``uvloop`` and ``rloop``, each also with ``-buffered`` and ``-streams``; ``aiofastnet`` on asyncio's
 loop and ``aiofastnet-uvloop`` on uvloop's; ``twisted``; ``c-uring``, the best plain C io_uring server found;
 ``c-epoll``; ``c-uring:option=value:...`` for its ablations; ``c-openssl``, plain C over OpenSSL.
@@ -29,7 +29,7 @@ __all__ = ["ENGINES", "KINDS", "TLS", "Peer", "find_peer", "standard_peers", "tl
 
 HERE = Path(__file__).parent
 ENGINES = ("uring", "epoll")
-KINDS = ("lease", "bytes", "buffered", "streams")
+KINDS = ("lease", "bytes", "buffered", "streams", "reader")
 OTHER_LOOPS = ("asyncio", "uvloop", "rloop")
 # What the modes of TLS begin with: "tls-echo" is "echo" over TLS.
 TLS = "tls-"

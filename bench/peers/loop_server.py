@@ -4,7 +4,7 @@ usage: loop_server.py LOOP KIND PORT MODE [CERTIFICATE]
 
 LOOP: asyncio, uvloop, rloop, aiofastnet, aiofastnet-uvloop or headrace (on the engine that HEADRACE_ENGINE names)
 KIND: bytes (asyncio.Protocol), buffered (asyncio.BufferedProtocol), streams (asyncio streams) or, on
-      headrace, lease (headrace.Protocol)
+      headrace, lease (headrace.Protocol) or reader (headrace's streams)
 MODE: echo, sink (receive and forget) or source (send without end after the first byte); on UDP, with bytes,
       datagram-echo or datagram-sink (every 16th is answered); tls-echo, tls-sink and tls-source are the first
       three over TLS 1.3, with the certificate and its key in that PEM file
@@ -166,18 +166,18 @@ class DatagramSink(asyncio.DatagramProtocol):
 DATAGRAMS = {"datagram-echo": DatagramEcho, "datagram-sink": DatagramSink}
 
 
-async def echo_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def echo_stream(reader: Any, writer: Any) -> None:
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
 
 
-async def sink_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sink_stream(reader: Any, writer: Any) -> None:
     while await reader.read(65536):
         pass
 
 
-async def source_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def source_stream(reader: Any, writer: Any) -> None:
     await reader.read(16)
     while True:
         writer.write(CHUNK)
@@ -258,6 +258,9 @@ async def main(name: str, kind: str, port: int, mode: str, certificate: str | No
         options |= tls_arguments(kind, certificate)
     if kind == "streams":
         server = await asyncio.start_server(stream_handler(mode), **options)
+    elif kind == "reader":
+        start_server = importlib.import_module(name).start_server
+        server = await start_server(STREAMS[mode], **options)
     else:
         server = await loop.create_server(PROTOCOLS[kind, mode], **options)
     if name == "headrace":

@@ -76,9 +76,10 @@ class Reader:
     def _received(self, lease: Lease) -> None:
         self._leases.append(lease)
         self._size += len(lease)
-        if self._waiter is not None and self._size >= self._wanted:
-            self._wake()
-        if self._size > self._limit and not self._paused and self._size >= self._wanted:
+        if self._size < self._wanted:
+            return
+        self._wake()
+        if self._size > self._limit and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
@@ -86,13 +87,11 @@ class Reader:
         self._ended = True
         if self._error is None:
             self._error = error
-        if self._waiter is not None:
-            self._wake()
+        self._wake()
 
     def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _take_all(self) -> tuple[bytes, bool]:
         """What nobody has read, for a layer that comes in between, and whether that was all of the stream."""
@@ -105,24 +104,31 @@ class Reader:
 
     # ---- waiting ---------------------------------------------------------------------------------------------
 
+    def _waits(self, size: int) -> asyncio.Future[None]:
+        """What is done when that many bytes are there, or the stream has ended."""
+        if self._waiter is not None:
+            raise RuntimeError("another coroutine is reading from this connection already")
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._wanted = size
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
+
+    def _waited(self) -> None:
+        self._waiter = None
+        self._wanted = 1
+
     async def _until(self, size: int) -> bool:
         """Waits until that many bytes are there; False if the stream ends before."""
         while self._size < size:
             if self._ended:
                 return False
-            if self._waiter is not None:
-                raise RuntimeError("another coroutine is reading from this connection already")
-            if self._paused:
-                self._paused = False
-                self._transport.resume_reading()
-            self._wanted = size
-            self._waiter = waiter = self._loop.create_future()
+            waiter = self._waits(size)
             try:
                 await waiter
             finally:
-                self._wanted = 1
-                if self._waiter is waiter:
-                    self._waiter = None
+                self._waited()
         return True
 
     def _consumed(self, size: int) -> None:
@@ -148,9 +154,16 @@ class Reader:
                 pass
             self._at_end()
             return self._cut(self._size)
-        if not self._size and size and not await self._until(1):
-            self._at_end()
-            return b""
+        if not self._size and size:
+            if not self._ended:  # the usual wait, without a coroutine of its own
+                waiter = self._waits(1)
+                try:
+                    await waiter
+                finally:
+                    self._waited()
+            if not self._size:
+                self._at_end()
+                return b""
         leases = self._leases
         if len(leases) == 1 and not self._taken and not self._text and self._size <= size:
             # Nearly always: one receive, and all of it.
