@@ -128,13 +128,12 @@ class Between:
 class Heard:
     """Makes a server's protocols, and knows of every callback that any of them has had."""
 
-    def __init__(self, kind: type[Leases] = Leases, **on: Callable[[Any], Any]) -> None:
-        self.kind = kind
-        self.on = on
+    def __init__(self, on: dict[str, Callable[[Any], Any]] | None = None) -> None:
+        self.on = on or {}
         self.made: list[Leases] = []
 
     def __call__(self) -> Leases:
-        self.made.append(self.kind(**self.on))
+        self.made.append(Leases(**self.on))
         return self.made[-1]
 
     @property
