@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,9 +21,21 @@ import pytest
 
 import headrace
 import secured
-from between import IN_PROGRESS, Heard, wire
-from headrace.errors import HandshakeError
+from between import DONE, IN_PROGRESS, Heard, wire
+from headrace.errors import AuthenticationError, HandshakeError, StalledError
+from headrace.framing.negotiate import LOGON_DENIED
 from headrace.security import steps
+from headrace.security.identity import ImpersonationLevel
+from headrace.security.spnego import (
+    ACCEPT_INCOMPLETE,
+    KERBEROS,
+    REQUEST_MIC,
+    NegTokenResp,
+    pack_init,
+    pack_mechanisms,
+    pack_resp,
+    unpack_resp,
+)
 from headrace.security.steps import CLIENTS, SERVERS, StepThreads
 from headrace.testing import Faults, simulated_run
 from realm import Realm
@@ -209,7 +222,7 @@ async def main():
     address = server.sockets[0].getsockname()
     good = headrace.Negotiate(credentials=headrace.Credentials(ccache=ccache))
     nobody = headrace.Credentials(principal=principal, password=password)
-    asking = headrace.Negotiate(credentials=nobody, handshake_timeout=1.0)
+    asking = headrace.Negotiate(credentials=nobody, handshake_timeout=2.0)
     connecting = [
         asyncio.ensure_future(
             loop.create_connection(asyncio.Protocol, *address, security=asking, server_hostname="localhost")
@@ -272,7 +285,7 @@ def test_a_kdc_that_is_silent(engine_name: str, realm: Realm) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "others go on",
-        "HandshakeError: the authentication took longer than 1 s",
+        "HandshakeError: the authentication took longer than 2 s",
         "the loop is closed, 50 wait",
         "the interpreter ends, 50 wait",
     ]
@@ -376,3 +389,284 @@ def test_servers_steps_that_wait_are_bounded(
         run(loop, main())
     assert caplog.text.count("authentications wait for a thread already") == 1
     assert found == []
+
+
+# ---- peers that don't read -------------------------------------------------------------------------------------
+
+
+async def zero_window(address: Any) -> socket.socket:
+    """A client that has authenticated, and reads nothing more."""
+    loop = asyncio.get_running_loop()
+    peer = socket.socket()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    peer.setblocking(False)
+    await loop.sock_connect(peer, address)
+    await loop.sock_sendall(peer, TOKEN)
+    assert (await loop.sock_recv(peer, 1))[0] == DONE
+    return peer
+
+
+class Source(Leases):
+    """Writes as long as it may, and whatever comes is echoed."""
+
+    def connection_made(self, transport: Any) -> None:
+        lower = transport.get_extra_info("socket")
+        lower.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
+    def go(self) -> None:
+        while "pause" not in self.events:
+            self.transport.write(bytes(16 * 1024))
+
+
+def test_peers_that_do_not_read(loop: headrace.EventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued for each of them is bounded by the flow control, others go on, and closing takes its time only."""
+    installed(monkeypatch, Script())
+    peers_count = min(500, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 2)
+    # The high-water mark; what is encrypted at a time; what was written before the protocol was paused.
+    bound = 64 * 1024 + 64 * 1024 + 16 * 1024
+
+    async def main() -> None:
+        security = headrace.Negotiate(shutdown_timeout=0.2)
+        async with secured.serving(Source, headrace.Negotiate(), NAME, security=security) as pair:
+            peers = [await zero_window(pair.address) for _ in range(peers_count)]
+            servers = [await pair.accepted.get() for _ in peers]
+            for server in servers:
+                server.go()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+                assert max(server.transport.get_write_buffer_size() for server in servers) <= bound
+            assert min(server.transport.get_write_buffer_size() for server in servers) > 0
+            client = Bytes()
+            transport = await pair.connect(client)
+            server = await pair.accepted.get()
+            server.transport.write(b"you read")
+            await client.until(lambda: client.data == b"you read")
+            transport.close()
+            for each in servers:
+                each.transport.close()
+            for each in servers:
+                await each.seen("lost")
+                assert isinstance(each.error, StalledError)
+            for peer in peers:
+                peer.close()
+
+    run(loop, main())
+
+
+# ---- keys, clocks, names, addresses ------------------------------------------------------------------------------
+
+
+def with_cache(ccache: Path, **options: Any) -> headrace.Negotiate:
+    return headrace.Negotiate(credentials=headrace.Credentials(ccache=ccache), **options)
+
+
+async def echoed(pair: secured.Pair, security: Any = None) -> None:
+    """One connection through which a message goes both ways."""
+    client = Bytes()
+    transport = await pair.connect(client, security)
+    server = await pair.accepted.get()
+    transport.write(ORDER)
+    await server.until(lambda: server.data == ORDER)
+    server.transport.write(ORDER)
+    await client.until(lambda: client.data == ORDER)
+    transport.close()
+    await client.seen("lost")
+
+
+async def denied(pair: secured.Pair, security: Any) -> None:
+    with pytest.raises(AuthenticationError) as told:
+        await pair.connect(Bytes(), security)
+    assert told.value.code == LOGON_DENIED
+    assert pair.accepted.empty()
+
+
+def test_keys_rotate_under_load(
+    engine_name: str, loop: headrace.EventLoop, realm: Realm, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Old tickets go on working while the old key is in the keytab, new ones from then on that the new one is."""
+    service = f"{engine_name}/localhost"
+    realm.add(service)
+    keytab = realm.export(service, keytab=realm.path("keytab"))
+    old = realm.kinit()
+    realm.kvno(service, ccache=old)
+    with_old = with_cache(old, target=service)
+    connections = 0
+    stop = asyncio.Event()
+
+    async def load(pair: secured.Pair) -> None:
+        nonlocal connections
+        while not stop.is_set():
+            await echoed(pair, with_old)
+            connections += 1
+
+    async def main() -> None:
+        security = headrace.Negotiate(credentials=headrace.Credentials(keytab=keytab))
+        async with secured.serving(Leases, with_old, NAME, security=security) as pair:
+            loads = [asyncio.ensure_future(load(pair)) for _ in range(4)]
+            await asyncio.to_thread(realm.rotate, service, export=False)
+            with_new = with_cache(await asyncio.to_thread(realm.kinit), target=service)
+            await asyncio.to_thread(realm.export, service, keytab=keytab)
+            await echoed(pair, with_new)
+            seen = connections
+            while connections < seen + 8:
+                await asyncio.sleep(0.001)
+            stop.set()
+            await asyncio.gather(*loads)
+            await asyncio.to_thread(realm.admin, "ktremove", "-k", str(keytab), service, "old")
+            caplog.clear()
+            await denied(pair, with_old)
+            assert "the server hasn't the key (its version) that the ticket is made with" in caplog.text
+            assert "kvno 1 not found" in caplog.text
+            await echoed(pair, with_new)
+
+    with realm.applied(), caplog.at_level("INFO", "headrace.security"):
+        run(loop, main())
+
+
+def test_two_targets_in_a_keytab(loop: headrace.EventLoop, realm: Realm) -> None:
+    """A server may be asked for by any of its names, or by those that it allows."""
+
+    async def main() -> None:
+        host, test = (with_cache(realm.ccache, target=f"{each}/localhost") for each in ("host", "test"))
+        async with secured.serving(Leases, host, NAME, security=headrace.Negotiate()) as pair:
+            await echoed(pair, host)
+            await echoed(pair, test)
+        only = headrace.Negotiate(allowed_targets=["test/localhost"])
+        async with secured.serving(Leases, host, NAME, security=only) as pair:
+            await echoed(pair, test)
+            await denied(pair, host)
+
+    with realm.applied():
+        run(loop, main())
+
+
+def shifted(realm: Realm, seconds: int) -> Path:
+    """Tickets in a cache which says that the KDC's clock is ahead by so much: MIT goes by that clock (its file format's
+    header, tag 1), so it's as if the client's own were wrong."""
+    realm.kvno("host/localhost", ccache=realm.ccache)
+    data = realm.ccache.read_bytes()
+    assert data[:2] == b"\x05\x04"
+    header = struct.pack(">HHii", 1, 8, seconds, 0)
+    path = realm.path("ccache")
+    path.write_bytes(
+        data[:2] + struct.pack(">H", len(header)) + header + data[4 + int.from_bytes(data[2:4]) :]
+    )
+    return path
+
+
+TOO_FAR = "the clocks of client and server (or KDC) differ too much"
+# Behind the KDC, a client can't use its own ticket; what a server says then is in test_mechanisms.py.
+SKEWS = [(-6, "the ticket isn't valid yet: check the clocks"), (-4, ""), (0, ""), (4, ""), (6, TOO_FAR)]
+
+
+@pytest.mark.parametrize(("minutes", "said"), SKEWS)
+def test_clock_skew(
+    loop: headrace.EventLoop, realm: Realm, caplog: pytest.LogCaptureFixture, minutes: int, said: str
+) -> None:
+    """Kerberos allows five minutes; beyond them the error says that it's the clocks."""
+
+    async def main() -> None:
+        security = with_cache(shifted(realm, 60 * minutes))
+        async with secured.serving(Leases, security, NAME, security=headrace.Negotiate()) as pair:
+            if said:
+                await denied(pair, security)
+            else:
+                await echoed(pair)
+
+    with realm.applied(), caplog.at_level("INFO", "headrace.security"):
+        run(loop, main())
+    assert said in caplog.text
+    assert bool(caplog.text) is bool(said)
+
+
+def test_ipv6(loop: headrace.EventLoop, realm: Realm) -> None:
+    """The address is no name; the target is, and is asked for whatever the address."""
+    if not socket.has_ipv6:
+        pytest.skip("needs IPv6")
+
+    async def main() -> None:
+        any_loop: Any = loop
+        accepted: asyncio.Queue[Leases] = asyncio.Queue()
+        server = await any_loop.create_server(
+            lambda: Leases(made=accepted.put_nowait), "::1", 0, security=headrace.Negotiate()
+        )
+        async with server:
+            address = server.sockets[0].getsockname()[:2]
+            client = Bytes()
+            transport, _ = await any_loop.create_connection(
+                lambda: client, *address, security=with_cache(realm.ccache, target="host/localhost")
+            )
+            there = await accepted.get()
+            assert there.transport.get_extra_info("security").remote_identity.name == realm.principal
+            transport.close()
+            await client.seen("lost")
+
+    with realm.applied():
+        run(loop, main())
+
+
+def test_a_forwarded_ticket_opens_the_next_door(loop: headrace.EventLoop, realm: Realm) -> None:
+    """The second hop is made with what the connection says was forwarded, and is the client's."""
+    import gssapi.raw as g
+
+    async def main() -> None:
+        wanted = ImpersonationLevel.DELEGATION
+        client_side = with_cache(realm.ccache, impersonation=wanted)
+        security = headrace.Negotiate(impersonation=wanted)
+        async with secured.serving(Leases, client_side, NAME, security=security) as pair:
+            client = Bytes()
+            transport = await pair.connect(client)
+            info = (await pair.accepted.get()).transport.get_extra_info("security")
+            assert info.impersonation_level is wanted
+            name = g.import_name(b"test@localhost", g.NameType.hostbased_service)
+            first = await asyncio.to_thread(g.init_sec_context, name, info.delegated)
+            accepting = g.acquire_cred_from(None, None, mechs=None, usage="accept").creds
+            door = g.accept_sec_context(first.token or b"", accepting)
+            assert g.display_name(door.initiator_name, name_type=False).name.decode() == realm.principal
+            transport.close()
+            await client.seen("lost")
+
+    with realm.applied():
+        run(loop, main())
+
+
+async def frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    kind, _, _, size = struct.unpack(">BBBH", await reader.readexactly(5))
+    return kind, await reader.readexactly(size)
+
+
+def test_a_client_that_reselects(loop: headrace.EventLoop, realm: Realm) -> None:
+    """Its first choice isn't ours: SPNEGO goes on with Kerberos and signs its list, which uses up a number."""
+    import gssapi.raw as g
+
+    krb5 = g.OID.from_int_seq("1.2.840.113554.1.2.2")
+    listed = pack_mechanisms(bytes.fromhex("2b0601040182370202ff01"), KERBEROS[0])
+
+    async def main() -> None:
+        async with secured.serving(Leases, None, NAME, security=headrace.Negotiate()) as pair:
+            reader, writer = await asyncio.open_connection(*pair.address)
+            writer.write(wire(IN_PROGRESS, pack_init(listed, b"not for you")))
+            chosen = unpack_resp((await frame(reader))[1])
+            assert (chosen.state, chosen.mechanism) == (REQUEST_MIC, KERBEROS[0])
+            name = g.import_name(b"host@localhost", g.NameType.hostbased_service)
+            began = g.init_sec_context(name, None, None, krb5, [0x3E])
+            writer.write(wire(IN_PROGRESS, pack_resp(NegTokenResp(token=began.token))))
+            kind, body = await frame(reader)
+            assert kind == IN_PROGRESS
+            answer = unpack_resp(body).token
+            any_context: Any = g.init_sec_context(
+                name, None, began.context, krb5, [0x3E], input_token=answer
+            ).context
+            mic = g.get_mic(any_context, listed)
+            writer.write(wire(IN_PROGRESS, pack_resp(NegTokenResp(ACCEPT_INCOMPLETE, mic=mic))))
+            assert (await frame(reader))[0] == DONE
+            writer.write(wire(None, g.wrap(any_context, ORDER, True).message))
+            server = await pair.accepted.get()
+            await server.until(lambda: server.data == ORDER)
+            assert server.transport.get_extra_info("security").mechanism == "kerberos"
+            writer.close()
+            await server.seen("lost")
+
+    with realm.applied():
+        run(loop, main())
