@@ -77,6 +77,9 @@ def remember_contexts(monkeypatch: pytest.MonkeyPatch, findings: Findings) -> No
             def stepping(token: bytes | None) -> bytes | None:
                 try:
                     answer: bytes | None = step(token)
+                except headrace.AuthenticationError as error:
+                    findings.secret("error token", (error.token or b"")[16:])
+                    raise
                 finally:
                     findings.shown += [repr(made), str(vars(made))]
                 findings.secret("token", (answer or b"")[16:])
