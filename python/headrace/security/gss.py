@@ -281,7 +281,7 @@ class GssProtection:
         if self._lost:
             raise FramingError("the connection's protection is lost after an error")
         self._lost = True
-        token = bytes(token)
+        token = bytes(memoryview(token))  # a copy in any case: MIT unwraps in place, and bytes mustn't change
         if len(token) < 16 or token[:2] != b"\x05\x04" or token[3] != 0xFF:
             raise FramingError("a message isn't a Wrap token")
         if token[2] & 0x07 != self._expected:

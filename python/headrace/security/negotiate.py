@@ -249,6 +249,9 @@ class Step:
         self.error: BaseException | None = None
 
     def __call__(self) -> None:
+        if self._layer._closing:  # it gave up before its turn came: others are to have the thread
+            self.dispose()
+            return
         try:
             if self.context is None:
                 self.context = self._make(self.binding)
@@ -343,8 +346,12 @@ class NegotiateLayer(SecurityLayer):
         """The authentication goes on, on a thread; nothing is read meanwhile."""
         self._hold_lower()
         step = Step(self, self._security_context, self._make_context, self._binding, self._core.needed)
-        self._in_thread = True
-        self._loop._do_step(SERVERS if self._server_side else CLIENTS, step)
+        try:
+            self._loop._do_step(SERVERS if self._server_side else CLIENTS, step)
+        except HandshakeError as exc:  # too many wait already
+            self._refuse(exc)
+        else:
+            self._in_thread = True
 
     def _stepped(self, step: Step) -> None:
         """A step is done; in the loop's thread again."""

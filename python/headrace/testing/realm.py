@@ -28,6 +28,7 @@ ENCTYPES = {
 }
 # What headrace has no code of its own for: RFC 6803, and RFC 4757, which is too weak.
 OTHER_ENCTYPES = {
+    "camellia128": ("camellia128-cts-cmac", 25),
     "camellia256": ("camellia256-cts-cmac", 26),
     "rc4": ("arcfour-hmac", 23),
 }
