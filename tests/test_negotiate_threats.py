@@ -399,6 +399,47 @@ def test_a_changed_frame_on_its_way(
         run(loop, main())
 
 
+def test_truncation_on_a_faulty_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the simulated engine, which resets, delays and cuts as it likes. A reset takes what was on its way; an end
+    that isn't an error has all that was sent before it."""
+    installed(monkeypatch, Script())
+    message = bytes(range(256)) * 400
+    outcomes = dict.fromkeys(("clean", "cut", "never"), 0)
+
+    async def main() -> str:
+        loop: Any = asyncio.get_running_loop()
+
+        def tell(it: Any) -> None:
+            it.transport.write(message)
+            it.transport.close()
+
+        server = await loop.create_server(
+            lambda: Bytes(made=tell), "toy", 1, security=headrace.Negotiate(frame_size=1000)
+        )
+        protocol = Bytes()
+        try:
+            await loop.create_connection(lambda: protocol, "toy", 1, security=headrace.Negotiate())
+        except OSError:  # headrace's own errors are such
+            assert protocol.events == []
+            return "never"
+        else:
+            await protocol.seen("lost")
+        finally:
+            server.close()
+            await asyncio.sleep(30)  # of virtual time: what the server still waits for is over by then
+        assert message.startswith(protocol.data)
+        if "eof" in protocol.events:
+            assert protocol.data == message
+            return "clean"
+        assert protocol.error is not None
+        return "cut"
+
+    for seed in range(150):
+        outcomes[simulated_run(main(), seed, reset=0.02 if seed % 2 else 0.0)] += 1
+    assert outcomes["clean"] >= 75
+    assert outcomes["cut"]
+
+
 # ---- tickets that end ----------------------------------------------------------------------------------------
 
 

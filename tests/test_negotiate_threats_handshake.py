@@ -332,6 +332,40 @@ def test_a_list_s_mic_is_removed(
     assert "doesn't sign SPNEGO's list of mechanisms" in caplog.text
 
 
+def client_hello() -> bytes:
+    outgoing = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        client_hello(),  # its type is that of a handshake frame
+        wire(DONE, b""),
+        wire(DONE, b"a token"),
+        wire(ERROR, bytes(8)),
+        wire(IN_PROGRESS, b"\x60"),
+    ],
+    ids=["HTTP", "TLS", "done", "done with a token", "error", "no token"],
+)
+def test_what_is_no_authentication(loop: headrace.EventLoop, realm: Realm, said: bytes) -> None:
+    """It ends the connection; the protocol doesn't hear of it."""
+    heard = Heard()
+
+    async def main() -> None:
+        async with secured.serving(heard, None, NAME, security=headrace.Negotiate()) as pair:
+            answer = await repeat(pair.address, said + wire(None, ORDER))
+            assert answer[:1] in (b"", bytes([ERROR]))
+
+    with realm.applied():
+        run(loop, main())
+    assert heard.events == []
+
+
 # ---- less protection than demanded -----------------------------------------------------------------------------
 
 
