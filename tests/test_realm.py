@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from realm import ENCTYPES, Realm, find
+from headrace.testing.realm import ENCTYPES, Realm, find
 
 
 @pytest.mark.parametrize("enctype", list(ENCTYPES))
