@@ -20,7 +20,7 @@ from headrace.errors import MessageError
 if TYPE_CHECKING:
     from headrace._pool import Lease
 
-    Data = bytes | bytearray | memoryview | Lease
+    _Data = bytes | bytearray | memoryview | Lease
 
 __all__ = ["LIMIT", "Decoder", "Delimited", "Framing", "LengthPrefixed", "Netstrings"]
 
@@ -44,7 +44,7 @@ class Decoder:
         self._buffer = bytearray()
         self._broken: MessageError | None = None
 
-    def feed(self, data: Data) -> None:
+    def feed(self, data: _Data) -> None:
         """Bytes that came; they are copied."""
         self._buffer += data
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from headrace.security.identity import SecurityInfo
     from headrace.security.settings import Secured, Security
 
-    Handler = Callable[["Reader", "Writer"], Awaitable[None]]
+    _Handler = Callable[["Reader", "Writer"], Awaitable[None]]
 
 __all__ = [
     "LIMIT",
@@ -467,7 +467,7 @@ class Writer:
 class Connection(Protocol):
     """What binds a reader and a writer to their transport."""
 
-    def __init__(self, loop: EventLoop, limit: int, handler: Handler | None = None) -> None:
+    def __init__(self, loop: EventLoop, limit: int, handler: _Handler | None = None) -> None:
         self.loop = loop
         self.reader = Reader(loop, limit)
         self.writer = Writer(self)
@@ -486,7 +486,7 @@ class Connection(Protocol):
             # It's held by the connection, which the transport holds, and then by what it waits for.
             self._task = self.loop.create_task(self._serve(self._handler))
 
-    async def _serve(self, handler: Handler) -> None:
+    async def _serve(self, handler: _Handler) -> None:
         try:
             await handler(self.reader, self.writer)
         except asyncio.CancelledError:
@@ -593,7 +593,7 @@ async def open_unix_connection(
 
 
 async def start_server(
-    handler: Handler,
+    handler: _Handler,
     host: str | list[str] | None = None,
     port: int | None = None,
     *,
@@ -614,7 +614,7 @@ async def start_server(
 
 
 async def start_unix_server(
-    handler: Handler,
+    handler: _Handler,
     path: str | None = None,
     *,
     security: Secured | None = None,
