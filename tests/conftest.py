@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not is_left_out(item)]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there by now stays: a collection in a test, of which each has some, needn't walk through all tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @functools.cache
 def why_not(name: str) -> str | None:
     """Why an engine can't run on this machine, or None."""
