@@ -506,7 +506,8 @@ def test_a_protocol_may_be_told_that_the_ticket_ends(loop: headrace.EventLoop, s
 
 def test_half_closed(loop: headrace.EventLoop, script: Script) -> None:
     async def main() -> None:
-        async with serving(lambda: Leases(eof=lambda self: True)) as pair:
+        patient = headrace.Negotiate(shutdown_timeout=3600)  # nobody waits for that
+        async with serving(lambda: Leases(eof=lambda self: True), patient, patient) as pair:
             client = Bytes()
             transport = await pair.connect(client)
             server = await pair.accepted.get()

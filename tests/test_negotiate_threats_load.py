@@ -298,7 +298,7 @@ def initiators(script: Script) -> int:
 
 async def under_way(threads: StepThreads, steps: int) -> None:
     """So many are being done, and the rest waits."""
-    expected = min(steps, threads._limit), max(0, steps - threads._limit)
+    expected = min(steps, threads._most), max(0, steps - threads._most)
     while (threads._threads - threads._idle, len(threads._jobs)) != expected:
         await asyncio.sleep(0.001)
 
@@ -312,7 +312,7 @@ def test_steps_that_nobody_waits_for_are_not_begun(
 ) -> None:
     """When a KDC answers again, nobody queues behind those who have given up."""
     script, gate = gated(monkeypatch, "client")
-    begun, queued = CLIENTS._limit, 20
+    begun, queued = CLIENTS._most, 20
 
     async def main() -> None:
         async with toy_server() as pair:
@@ -340,7 +340,7 @@ def test_clients_steps_that_wait_are_bounded(
     async def main() -> None:
         async with toy_server() as pair:
             connecting = []
-            for number in range(CLIENTS._limit + 5):
+            for number in range(CLIENTS._most + 5):
                 connecting.append(asyncio.ensure_future(pair.connect(Bytes())))
                 await under_way(CLIENTS, number + 1)
             client = Bytes()
@@ -366,7 +366,7 @@ def test_servers_steps_that_wait_are_bounded(
 
     async def main() -> None:
         async with toy_server() as pair:
-            peers = [Peer(TOKEN) for _ in range(SERVERS._limit + 6)]
+            peers = [Peer(TOKEN) for _ in range(SERVERS._most + 6)]
             for number, peer in enumerate(peers[:-1]):
                 await peer.connect(pair.address)
                 await under_way(SERVERS, number + 1)

@@ -207,9 +207,10 @@ def test_half_closed(loop: headrace.EventLoop) -> None:
         return True
 
     async def main() -> None:
-        async with serving(lambda: Bytes(eof=answer)) as pair:
+        async with serving(lambda: Bytes(eof=answer), security=server_tls(shutdown_timeout=3600)) as pair:
             client = Bytes()
-            transport = await pair.connect(client)
+            # Nobody waits for a close_notify that has come.
+            transport = await pair.connect(client, client_tls(shutdown_timeout=3600))
             assert transport.can_write_eof()
             transport.write(BIG)
             transport.write_eof()

@@ -221,16 +221,16 @@ class NetstringsDecoder(Decoder):
 
     def __init__(self, framing: Netstrings) -> None:
         super().__init__()
-        self._limit = framing.limit
+        self._longest = framing.limit
 
     def _next(self) -> bytes | None:
         buffer = self._buffer
-        colon = buffer.find(b":", 0, len(str(self._limit)) + 1)
-        digits = bytes(buffer[: colon if colon >= 0 else len(str(self._limit)) + 1])
+        colon = buffer.find(b":", 0, len(str(self._longest)) + 1)
+        digits = bytes(buffer[: colon if colon >= 0 else len(str(self._longest)) + 1])
         if (digits and not digits.isdigit()) or (digits[:1] == b"0" and len(digits) > 1) or colon == 0:
             raise MessageError(f"no netstring: its length is {digits[:20]!r}")
         if digits:
-            check_length(int(digits), self._limit)
+            check_length(int(digits), self._longest)
         if colon < 0:
             return None
         end = colon + 1 + int(digits)

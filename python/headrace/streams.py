@@ -55,13 +55,13 @@ class Reader:
         if limit < 1:
             raise ValueError(f"limit must be at least 1 byte, not {limit!r}")
         self._loop = loop
-        self._limit = limit
+        self._capacity = limit
         self._transport: Any = None
         self._text = bytearray()  # what a search or a join has copied out of leases; it comes before them
         self._leases: deque[Lease] = deque()
         self._taken = 0  # bytes of the first lease
         self._size = 0  # bytes that wait, in both
-        self._waiter: asyncio.Future[None] | None = None
+        self._reading: asyncio.Future[None] | None = None
         self._wanted = 1  # bytes that the waiting read needs
         self._paused = False
         self._ended = False
@@ -79,7 +79,7 @@ class Reader:
         if self._size < self._wanted:
             return
         self._wake()
-        if self._size > self._limit and not self._paused:
+        if self._size > self._capacity and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
@@ -90,8 +90,8 @@ class Reader:
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._reading is not None and not self._reading.done():
+            self._reading.set_result(None)
 
     def _take_all(self) -> tuple[bytes, bool]:
         """What nobody has read, for a layer that comes in between, and whether that was all of the stream."""
@@ -106,17 +106,17 @@ class Reader:
 
     def _waits(self, size: int) -> asyncio.Future[None]:
         """What is done when that many bytes are there, or the stream has ended."""
-        if self._waiter is not None:
+        if self._reading is not None:
             raise RuntimeError("another coroutine is reading from this connection already")
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
         self._wanted = size
-        self._waiter = waiter = self._loop.create_future()
+        self._reading = waiter = self._loop.create_future()
         return waiter
 
     def _waited(self) -> None:
-        self._waiter = None
+        self._reading = None
         self._wanted = 1
 
     async def _until(self, size: int) -> bool:
@@ -133,7 +133,7 @@ class Reader:
 
     def _consumed(self, size: int) -> None:
         self._size -= size
-        if self._paused and self._size <= self._limit // 2:
+        if self._paused and self._size <= self._capacity // 2:
             self._paused = False
             self._transport.resume_reading()
 
@@ -247,9 +247,9 @@ class Reader:
         while True:
             self._join()
             at = self._text.find(separator, searched)
-            if at > self._limit or (at < 0 and self._size > self._limit):
+            if at > self._capacity or (at < 0 and self._size > self._capacity):
                 raise LimitOverrunError(
-                    f"no separator within {self._limit} bytes (limit=)", min(self._size, self._limit)
+                    f"no separator within {self._capacity} bytes (limit=)", min(self._size, self._capacity)
                 )
             if at >= 0:
                 return self._cut(at + len(separator))
@@ -476,7 +476,7 @@ class Connection(Protocol):
         self.closed: asyncio.Future[None] = loop.create_future()
         self.writable: asyncio.Future[None] | None = None  # while writing is paused
         self._handler = handler
-        self._task: asyncio.Task[None] | None = None
+        self._handling: asyncio.Task[None] | None = None
         # The transport takes it from here: one call less for each receive.
         self.lease_received = self.reader._received  # type: ignore[method-assign]
 
@@ -484,7 +484,7 @@ class Connection(Protocol):
         self.writer._use(transport)
         if self._handler is not None:
             # It's held by the connection, which the transport holds, and then by what it waits for.
-            self._task = self.loop.create_task(self._serve(self._handler))
+            self._handling = self.loop.create_task(self._serve(self._handler))
 
     async def _serve(self, handler: _Handler) -> None:
         try:
@@ -500,14 +500,14 @@ class Connection(Protocol):
                         "message": "a connection's handler failed",
                         "exception": exc,
                         "transport": self.writer.transport,
-                        "task": self._task,
+                        "task": self._handling,
                     }
                 )
             self.writer.abort()
         else:
             self.writer.close()
         finally:
-            self._task = None
+            self._handling = None
 
     def eof_received(self) -> bool:
         self.reader._end()

@@ -705,6 +705,9 @@ class SecurityLayer(transports._FlowControlMixin, Protocol):
         if self._core.pending:
             self._loop.call_soon(self._go_on, context=self._context)
         self._control_reading()
+        if self._goodbye and self._lower_ended:
+            # Our stream had ended before, and the peer's has: there's nothing to wait for.
+            self._finish_closing()
 
     def _say_goodbye(self) -> None:
         """Everything is encrypted: the framing's end goes behind it."""

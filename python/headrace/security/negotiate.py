@@ -124,7 +124,7 @@ class Negotiate(Security):
         shutdown_timeout: float = 5.0,
         max_pending_handshakes: int = 1024,
     ) -> None:
-        self._limit(handshake_timeout, shutdown_timeout, max_pending_handshakes)
+        self._take_limits(handshake_timeout, shutdown_timeout, max_pending_handshakes)
         if on_expiry not in ("close", "notify", "ignore"):
             raise ValueError(f"on_expiry must be 'close', 'notify' or 'ignore', not {on_expiry!r}")
         if not 0 < frame_size <= LARGEST_FRAME:

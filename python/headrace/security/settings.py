@@ -27,7 +27,9 @@ class Security:
     shutdown_timeout: float
     max_pending_handshakes: int
 
-    def _limit(self, handshake_timeout: float, shutdown_timeout: float, max_pending_handshakes: int) -> None:
+    def _take_limits(
+        self, handshake_timeout: float, shutdown_timeout: float, max_pending_handshakes: int
+    ) -> None:
         """The limits that every kind has."""
         for name, value in (("handshake_timeout", handshake_timeout), ("shutdown_timeout", shutdown_timeout)):
             if not value > 0:

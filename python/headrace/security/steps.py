@@ -31,7 +31,7 @@ class StepThreads:
 
     def __init__(self, name: str, limit: int) -> None:
         self._name = name
-        self._limit = limit
+        self._most = limit
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
 
@@ -56,7 +56,7 @@ class StepThreads:
             if self._idle >= len(self._jobs):
                 self._changed.notify()
                 return
-            if self._threads >= self._limit:
+            if self._threads >= self._most:
                 return
             self._threads += 1
         threading.Thread(target=self._work, name=f"headrace-{self._name}", daemon=True).start()

@@ -146,7 +146,7 @@ class TLS(Security):
             raise ValueError("give either certificate, or certificates by server name")
         if truncation not in ("error", "eof"):
             raise ValueError(f"truncation must be 'error' or 'eof', not {truncation!r}")
-        self._limit(handshake_timeout, shutdown_timeout, max_pending_handshakes)
+        self._take_limits(handshake_timeout, shutdown_timeout, max_pending_handshakes)
         self.context = context
         self.accept = accept
         self.truncation = truncation
