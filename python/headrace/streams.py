@@ -500,7 +500,7 @@ class Connection(Protocol):
                         "message": "a connection's handler failed",
                         "exception": exc,
                         "transport": self.writer.transport,
-                        "task": self._handling,
+                        # No "task": since 3.12 the handler would be run in its context, and that's this one.
                     }
                 )
             self.writer.abort()
