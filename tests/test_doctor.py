@@ -25,8 +25,8 @@ import trustme
 from authorities import authority, ca_file, issued
 from conftest import why_not
 from headrace.cli import main
-from headrace.cli.doctor import kerberos, limits
 from headrace.cli.doctor import kdc as kdc_module
+from headrace.cli.doctor import kerberos, limits
 from headrace.cli.doctor.finding import Check, Finding, State, look, ok
 from headrace.cli.doctor.kdc import ask, place_of
 from headrace.cli.doctor.keytab import KeytabError, keys_in
@@ -71,7 +71,12 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env=env or environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50
+        command,
+        env=env or environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=50,
     )
 
 
@@ -99,7 +104,7 @@ def doctor_after(statement: str, *arguments: str) -> Report:
     program = (
         f"import sys; sys.path.insert(0, {str(FAULTS)!r}); import restrictions\n"
         # Another user may not be able to read these later.
-        "import headrace.cli.doctor, spnego\n"
+        "import headrace.cli.cert, headrace.cli.demo, headrace.cli.doctor, spnego\n"
         "headrace.cli.doctor.software.pump.reason()\n"
         f"{statement}\n"
         f"sys.exit(headrace.cli.main({['doctor', '--json', *arguments]!r}))\n"
@@ -223,11 +228,11 @@ def write(folder: Path, certificate: trustme.LeafCert) -> tuple[str, str]:
 def expiring(days: float) -> trustme.LeafCert:
     now = datetime.datetime.now(datetime.UTC)
     begin, end = now - datetime.timedelta(days=400), now + datetime.timedelta(days=days)
-    return authority().issue_cert("server.example", not_before=begin, not_after=end)
+    return authority("main").issue_cert("server.example", not_before=begin, not_after=end)
 
 
 def test_good_certificate(tmp_path: Path) -> None:
-    certificate = authority().issue_cert("*.server.example", "192.0.2.1")
+    certificate = authority("main").issue_cert("*.server.example", "192.0.2.1")
     chain, key = write(tmp_path, certificate)
     report = doctor(*MODEST, "--certificate", chain, "--private-key", key, "--ca", str(ca_file()))
     names = ("certificate", "private-key-file", "certificate-names", "certificate-chain", "certificate-trust")
@@ -246,7 +251,9 @@ def test_expiry(tmp_path: Path, days: float, state: str) -> None:
 
 def test_key_of_another_certificate() -> None:
     one, other = issued("one.example"), issued("other.example")
-    report = doctor(*MODEST, "--certificate", str(one.chain), "--private-key", str(other.key), "--ca", str(ca_file()))
+    report = doctor(
+        *MODEST, "--certificate", str(one.chain), "--private-key", str(other.key), "--ca", str(ca_file())
+    )
     assert report["certificate"]["state"] == "fail"
     assert "doesn't match" in report["certificate"]["found"]
     assert report.states("certificate-expiry", "certificate-trust") == ["ok", "skip"]
@@ -255,7 +262,13 @@ def test_key_of_another_certificate() -> None:
 def test_authority_that_clients_do_not_trust() -> None:
     files = issued("one.example")
     report = doctor(
-        *MODEST, "--certificate", str(files.chain), "--private-key", str(files.key), "--ca", str(ca_file("stranger"))
+        *MODEST,
+        "--certificate",
+        str(files.chain),
+        "--private-key",
+        str(files.key),
+        "--ca",
+        str(ca_file("stranger")),
     )
     assert report["certificate-trust"]["state"] == "fail"
 
@@ -291,9 +304,7 @@ def in_realm(realm: Realm, **changes: str | None) -> dict[str, str]:
 
 def test_realm_in_order(realm: Realm) -> None:
     before = realm.ccache.read_bytes()
-    report = doctor(
-        *MODEST, "--keytab", str(realm.keytab), "--target", "test/localhost", env=in_realm(realm)
-    )
+    report = doctor(*MODEST, "--keytab", str(realm.keytab), "--target", "test/localhost", env=in_realm(realm))
     checks = ("gssapi", "krb5-conf", "realm", "canonicalisation", "keytab", "keytab-mode", "keytab-target")
     assert report.states(*checks) == ["ok"] * 7
     assert report.states("kdc", "clock", "replay-cache", "target", "ntlm-users") == ["ok"] * 5
@@ -439,8 +450,12 @@ def test_clock(
     assert round(clock.values["offset"], -1) == behind
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request", refusal(0)[:-4]])
-def test_what_is_no_kdc(fake_kdc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request", refusal(0)[:-4]], ids=["empty", "http", "cut off"]
+)
+def test_what_is_no_kdc(
+    fake_kdc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
     fake_kdc.answer = answer
     port = fake_kdc.server_address[1]
     monkeypatch.setenv("KRB5_CONFIG", krb5_conf(tmp_path, f"127.0.0.1:{port}"))
@@ -496,7 +511,7 @@ def test_configuration_files(tmp_path: Path) -> None:
     (tmp_path / "d" / "ignored~").write_text("[libdefaults]\nclockskew = 1\n")
     first = tmp_path / "krb5.conf"
     first.write_text(
-        f"# a comment\n[libdefaults]\n  default_realm = \"A.TEST\"\n  rdns = true\nincludedir {tmp_path}/d\n"
+        f'# a comment\n[libdefaults]\n  default_realm = "A.TEST"\n  rdns = true\nincludedir {tmp_path}/d\n'
         "[realms]\n A.TEST = {\n  kdc = one\n  sub = {\n   kdc = no\n  }\n  kdc* = two:88\n }\n"
         "[libdefaults]\n default_realm = B.TEST\n"
     )

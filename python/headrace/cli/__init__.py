@@ -1,9 +1,9 @@
 """The ``headrace`` command.
 
 ``headrace demo`` runs a server and 1,000 connections on this machine and shows what they do, ``headrace cert``
-makes certificates for development, ``headrace doctor`` says what limits a server on this machine. Each subcommand is a module or package of its own with
-``register(subparsers)``; what it needs beyond the base install is imported when it runs, so that ``--help``
-always works.
+makes certificates for development, ``headrace doctor`` says what limits a server on this machine. Each subcommand
+is a module or package of its own with ``register(subparsers)``; what it needs beyond the base install is imported when
+it runs, so that ``--help`` always works.
 """
 
 from __future__ import annotations

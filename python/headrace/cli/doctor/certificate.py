@@ -7,6 +7,7 @@ import os
 import ssl
 import stat
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from cryptography import x509
@@ -67,7 +68,9 @@ def loaded(chain: Path, private_key: Path | None) -> tuple[Finding, ssl.SSLConte
         context, _ = server_context(Certificate(chain, private_key))
     except CertificateError as error:
         if isinstance(error.__cause__, PasswordNeededError):
-            return skip("certificate", f"{private_key or chain}: the key is encrypted, and isn't checked"), None
+            return skip(
+                "certificate", f"{private_key or chain}: the key is encrypted, and isn't checked"
+            ), None
         return fail("certificate", str(error), "give the certificate and the key that belong together"), None
     return ok("certificate", f"{chain} and its private key belong together"), context
 
@@ -75,7 +78,9 @@ def loaded(chain: Path, private_key: Path | None) -> tuple[Finding, ssl.SSLConte
 def key_file(path: Path) -> Finding:
     others = readable_by_others(path)
     if others:
-        return fail("private-key-file", f"{path} {others}", f"chmod o= {path}; and take a new key, if it was exposed")
+        return fail(
+            "private-key-file", f"{path} {others}", f"chmod o= {path}; and take a new key, if it was exposed"
+        )
     return ok("private-key-file", f"{path} isn't readable by everybody")
 
 
@@ -98,7 +103,9 @@ def expiry(leaf: bytes) -> Finding:
         return fail("certificate-expiry", f"it expired on {end:%Y-%m-%d %H:%M} UTC", "renew it", **values)
     found = f"it expires on {end:%Y-%m-%d %H:%M} UTC, in {left.days} days"
     if left < SOON:
-        return warn("certificate-expiry", found, "renew it; headrace.TLS.reload() takes new files over", **values)
+        return warn(
+            "certificate-expiry", found, "renew it; headrace.TLS.reload() takes new files over", **values
+        )
     return ok("certificate-expiry", found, **values)
 
 
@@ -117,7 +124,7 @@ def order(chain: Path) -> Finding:
     data = read(chain)
     try:
         listed = x509.load_pem_x509_certificates(data[data.index(BEGIN) :])
-        for lower, upper in zip(listed, listed[1:], strict=False):
+        for lower, upper in pairwise(listed):
             lower.verify_directly_issued_by(upper)
     except (ValueError, TypeError, InvalidSignature):
         return fail(
@@ -140,7 +147,9 @@ def trusted(context: ssl.SSLContext | None, leaf: bytes, ca: Path) -> Finding:
     """A handshake with a client that trusts the file, without a socket."""
     hosts = [name.partition(":")[2] for name in identity_of(leaf).names if name.startswith(("dns:", "ip:"))]
     if context is None or not hosts:
-        return skip("certificate-trust", "not checked: the certificate, its key or a name can't be used, see above")
+        return skip(
+            "certificate-trust", "not checked: the certificate, its key or a name can't be used, see above"
+        )
     name = hosts[0].replace("*", "any")
     advice = "put the intermediate certificates behind the server's, or give the file of the authority that issued it"
     try:

@@ -53,7 +53,9 @@ def engines(options: DoctorOptions) -> Iterable[Finding]:
         if name == "uring" or wanted == "epoll":
             yield ok("engine", f"{name}: {reason}", **values)
         else:
-            advice = "epoll serves the same programs, for more processor time; what keeps io_uring away is below"
+            advice = (
+                "epoll serves the same programs, for more processor time; what keeps io_uring away is below"
+            )
             yield warn("engine", f"{name}: {reason}", advice, **values)
     yield skip("io_uring", "not checked: epoll is demanded") if wanted == "epoll" else io_uring()
 
@@ -90,7 +92,9 @@ def io_uring() -> Finding:
         found += "; without " + ", ".join(missing)
     disabled = disabled_for_others()
     if disabled:
-        advice = "if the server runs as another user: sysctl kernel.io_uring_disabled=0, or kernel.io_uring_group"
+        advice = (
+            "if the server runs as another user: sysctl kernel.io_uring_disabled=0, or kernel.io_uring_group"
+        )
         return warn("io_uring", f"{found}; {disabled}", advice, available=True, features=features)
     if not features["incremental_buffers"]:
         advice = "Linux 6.12 or newer fills large blocks piece by piece; here each receive takes 32 KiB"

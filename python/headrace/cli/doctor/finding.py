@@ -89,4 +89,6 @@ def look(check: Check, options: DoctorOptions) -> list[Finding]:
 
 
 def broken(check: Check, why: str) -> Finding:
-    return warn(check.name, f"this check itself failed: {why}", "look into it by hand; everything else was checked")
+    return warn(
+        check.name, f"this check itself failed: {why}", "look into it by hand; everything else was checked"
+    )

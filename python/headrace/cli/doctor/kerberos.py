@@ -73,7 +73,9 @@ def configuration(options: DoctorOptions) -> Iterable[Finding]:
         yield ok("krb5-conf", shown, files=[str(file) for file in conf.files])
     realm = conf.first("libdefaults", "default_realm")
     if realm is None:
-        yield warn("realm", "there's no default realm", "default_realm = EXAMPLE.ORG in [libdefaults]", realm=None)
+        yield warn(
+            "realm", "there's no default realm", "default_realm = EXAMPLE.ORG in [libdefaults]", realm=None
+        )
     else:
         yield ok("realm", f"{realm} is the default", realm=realm)
     yield canonicalisation(conf)
@@ -103,7 +105,9 @@ def keytab(options: DoctorOptions) -> Iterable[Finding]:
     if not concerned(options):
         return
     conf = Configuration(configured_files())
-    named = options.keytab or os.environ.get("KRB5_KTNAME") or conf.first("libdefaults", "default_keytab_name")
+    named = (
+        options.keytab or os.environ.get("KRB5_KTNAME") or conf.first("libdefaults", "default_keytab_name")
+    )
     kind, colon, place = (named or DEFAULT_KEYTAB).rpartition(":")
     if colon and kind not in ("FILE", "WRFILE"):
         yield skip("keytab", f"{named} isn't a file: not checked")
@@ -134,15 +138,23 @@ def contents(path: Path, keys: list[Key]) -> Finding:
     for key in keys:
         kinds = shown.setdefault((key.principal, key.version), [])
         kinds.append(ENCTYPES.get(key.enctype, f"type {key.enctype}"))
-    listed = "; ".join(f"{who} ({', '.join(kinds)}; version {version})" for (who, version), kinds in shown.items())
+    listed = "; ".join(
+        f"{who} ({', '.join(kinds)}; version {version})" for (who, version), kinds in shown.items()
+    )
     values = {
         "keytab": str(path),
-        "keys": [{"principal": key.principal, "version": key.version, "enctype": key.enctype} for key in keys],
+        "keys": [
+            {"principal": key.principal, "version": key.version, "enctype": key.enctype} for key in keys
+        ],
     }
     if not keys:
-        return fail("keytab", f"{path} has no keys in it", "export the service's keys to it (ktadd, ktpass)", **values)
+        return fail(
+            "keytab", f"{path} has no keys in it", "export the service's keys to it (ktadd, ktpass)", **values
+        )
     if all(key.enctype in WEAK for key in keys):
-        return warn("keytab", f"{path}: {listed}", "the keys are all DES or RC4: have AES keys made", **values)
+        return warn(
+            "keytab", f"{path}: {listed}", "the keys are all DES or RC4: have AES keys made", **values
+        )
     return ok("keytab", f"{path}: {listed}", **values)
 
 
@@ -174,7 +186,11 @@ def kdc(options: DoctorOptions) -> Iterable[Finding]:
     named = conf.all("realms", realm, "kdc")
     places = [place for place in map(place_of, named) if place is not None]
     if not places:
-        yield found_by_library(realm) if not named else skip("kdc", f"not checked: {', '.join(named)} is a proxy")
+        yield (
+            found_by_library(realm)
+            if not named
+            else skip("kdc", f"not checked: {', '.join(named)} is a proxy")
+        )
         yield skip("clock", "not checked: krb5.conf names no KDC that can be asked")
         return
     yield from asked(realm, places, conf)
@@ -277,7 +293,9 @@ def target(options: DoctorOptions) -> Iterable[Finding]:
         context.step(None)
         context.dispose()
     except AuthenticationError as error:
-        yield fail("target", str(error), "see what it says; the KDC's own log may tell more", target=options.target)
+        yield fail(
+            "target", str(error), "see what it says; the KDC's own log may tell more", target=options.target
+        )
     else:
         yield ok("target", f"the KDC gives a ticket for {options.target}", target=options.target)
 
@@ -289,7 +307,9 @@ def in_memory(g: Any) -> Credentials:
         return Credentials(client_keytab=own_keys, ccache=MEMORY)
     # With a client keytab of the machine's, MIT would renew the cache that is looked at: there's none for us.
     mechanisms = [oid(KERBEROS)]
-    there = g.acquire_cred_from({b"client_keytab": NO_KEYS.encode()}, mechs=mechanisms, usage="initiate").creds
+    there = g.acquire_cred_from(
+        {b"client_keytab": NO_KEYS.encode()}, mechs=mechanisms, usage="initiate"
+    ).creds
     g.store_cred_into({b"ccache": MEMORY.encode()}, there, usage="initiate", overwrite=True)
     return Credentials(ccache=MEMORY, client_keytab=NO_KEYS)
 
@@ -300,7 +320,9 @@ def ntlm_users(options: DoctorOptions) -> Iterable[Finding]:
     if not name:
         return
     if not os.path.isfile(name) or not os.access(name, os.R_OK):
-        yield fail("ntlm-users", f"{name} isn't a file that can be read", "NTLM_USER_FILE must name one, or be unset")
+        yield fail(
+            "ntlm-users", f"{name} isn't a file that can be read", "NTLM_USER_FILE must name one, or be unset"
+        )
         return
     others = readable_by_others(name)
     if others:

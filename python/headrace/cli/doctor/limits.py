@@ -63,7 +63,9 @@ def system_files(options: DoctorOptions) -> Iterable[Finding]:
     if used is None or most is None:
         yield skip("system-files", "not checked: fs.file-nr isn't shown here")
         return
-    found = f"{used:,} files are open on the whole system, of {most:,}" if most < 2**62 else f"{used:,}, no limit"
+    found = (
+        f"{used:,} files are open on the whole system, of {most:,}" if most < 2**62 else f"{used:,}, no limit"
+    )
     if most - used >= options.connections:
         yield ok("system-files", found, used=used, most=most)
     else:
@@ -125,7 +127,9 @@ def control_group(options: DoctorOptions) -> Iterable[Finding]:
     ]
     mount = Path("/sys/fs/cgroup")
     if not own or not (mount / "cgroup.controllers").exists():
-        yield skip("processors", f"{processors}; a quota isn't checked: no cgroup v2 here", processors=processors)
+        yield skip(
+            "processors", f"{processors}; a quota isn't checked: no cgroup v2 here", processors=processors
+        )
         yield skip("memory", "not checked: no cgroup v2 here")
         return
     yield from group_limits(mount, own[0], processors)

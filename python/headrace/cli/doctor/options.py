@@ -51,12 +51,18 @@ def target(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON document")
-    add("--engine", choices=("uring", "epoll"), help="the engine that is demanded (default: HEADRACE_ENGINE's)")
+    add(
+        "--engine",
+        choices=("uring", "epoll"),
+        help="the engine that is demanded (default: HEADRACE_ENGINE's)",
+    )
     size: Callable[[str], int] = count
     add("--connections", type=size, default=10_000, metavar="N", help="how many are wanted (default: 10,000)")
     add("--backlog", type=size, default=100, metavar="N", help="create_server's backlog= (default: 100)")
     tls = parser.add_argument_group("TLS")
-    tls.add_argument("--certificate", type=Path, metavar="FILE", help="a server's certificate and chain (PEM)")
+    tls.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="a server's certificate and chain (PEM)"
+    )
     tls.add_argument("--private-key", type=Path, metavar="FILE", help="its key, if it isn't in the same file")
     tls.add_argument("--ca", type=Path, metavar="FILE", help="whom its clients trust (PEM)")
     kerberos = parser.add_argument_group("Kerberos and NTLM")
@@ -68,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kerberos.add_argument("--keytab", metavar="FILE", help="a server's keys (default: KRB5_KTNAME's)")
     kerberos.add_argument(
-        "--target", type=target, metavar="SPN", help="the service that clients ask for, like HTTP/www.example.org"
+        "--target",
+        type=target,
+        metavar="SPN",
+        help="the service that clients ask for, like HTTP/www.example.org",
     )
 
 

@@ -54,7 +54,9 @@ def tls(options: DoctorOptions) -> Iterable[Finding]:
     """OpenSSL, and what moves records through it."""
     version = ssl.OPENSSL_VERSION
     if ssl.OPENSSL_VERSION_INFO < (3, 0):
-        yield warn("openssl", version, "a Python with OpenSSL 3: this one gets no more fixes", version=version)
+        yield warn(
+            "openssl", version, "a Python with OpenSSL 3: this one gets no more fixes", version=version
+        )
     else:
         yield ok("openssl", version, version=version)
     forced = os.environ.get(pump.VARIABLE, "")
@@ -68,7 +70,9 @@ def tls(options: DoctorOptions) -> Iterable[Finding]:
     elif not reason:
         yield ok("tls-pump", "native: records go straight through OpenSSL", pump="native")
     elif forced:
-        yield fail("tls-pump", f"native is forced and can't run here: {reason}", f"unset {pump.VARIABLE}", pump=None)
+        yield fail(
+            "tls-pump", f"native is forced and can't run here: {reason}", f"unset {pump.VARIABLE}", pump=None
+        )
     else:
         advice = "records cost more processor time; a Python whose ssl module has OpenSSL as a shared library"
         yield warn("tls-pump", f"stdlib: {reason}", advice, pump="stdlib")
