@@ -810,6 +810,21 @@ cdef class UringEngine(Engine):
         self.wake_pending = True
         c_write(self.wake_fd, &one, 8)
 
+    @property
+    def features(self):
+        """What this kernel was found to give beyond multishot receives, as a dict of bool.
+
+        Empty before the first start, and after close.
+        """
+        if self.ring is None:
+            return {}
+        return {
+            "incremental_buffers": bool(self.ring.incremental),
+            "receive_limit": bool(self.ring.capped),
+            "deferred_completions": bool(self.ring.raw.setup_flags & HR_SETUP_DEFER_TASKRUN),
+            "files": bool(self.files),
+        }
+
     def stats(self):
         """Counters, as a dict of int: those of every engine, and overflows, no_buffers and in_flight."""
         return Engine.stats(self) | {

@@ -89,3 +89,15 @@ def test_a_pool_that_wants_more_blocks_posted_than_the_ring_has_room_for() -> No
     assert echo_through(UringEngine(pool), messages, Watching) == messages
     assert 0 < max(posted) <= 256
     assert (pool.outstanding, pool.free) == (0, pool.allocated)
+
+
+def test_features_are_known_while_there_is_a_ring() -> None:
+    engine = UringEngine(incremental=False)
+    assert engine.features == {}
+    engine.start()
+    features = engine.features
+    engine.stop()
+    engine.close()
+    assert set(features) == {"incremental_buffers", "receive_limit", "deferred_completions", "files"}
+    assert features["incremental_buffers"] is False
+    assert engine.features == {}

@@ -1,9 +1,9 @@
 """The ``headrace`` command.
 
 ``headrace demo`` runs a server and 1,000 connections on this machine and shows what they do, ``headrace cert``
-makes certificates for development. Each subcommand is a module or package of its own with
-``register(subparsers)``; what it needs beyond the base install is imported when it runs, so that ``--help``
-always works.
+makes certificates for development, ``headrace doctor`` says what limits a server on this machine. Each subcommand
+is a module or package of its own with ``register(subparsers)``; what it needs beyond the base install is imported when
+it runs, so that ``--help`` always works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    from headrace.cli import cert, demo
+    from headrace.cli import cert, demo, doctor
 
     parser = argparse.ArgumentParser(
         prog="headrace", description="Completion-based networking for Python: see it work on this machine."
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.register(subparsers)
     cert.register(subparsers)
+    doctor.register(subparsers)
     return parser
 
 
