@@ -95,7 +95,7 @@ class ProxySSL:
     """What a proxy tells about the TLS between its client and itself (section 2.2.6).
 
     ``version``, ``cipher``, ``signature_algorithm`` and ``key_algorithm`` are the proxy's words ("TLSv1.3"; the
-    last two are about the proxy's own certificate); ``common_name`` is the client certificate's. None is what wasn't told.
+    last two are about the proxy's own certificate); ``common_name`` is that of the client's. None is what wasn't told.
     ``verify`` is 0 if the client's certificate was verified, or if it showed none.
     """
 
