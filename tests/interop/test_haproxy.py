@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +96,8 @@ async def serving(*security: Any, path: Path | None = None) -> Any:
         server = await loop.create_unix_server(lambda: Leases(made=made), str(path), security=stack)
     async with server:
         yield Behind(server.sockets[0].getsockname(), accepted)
+    while loop.stats()["transports"]:  # health checks that HAProxy's end has ended
+        await asyncio.sleep(0.001)
 
 
 async def exchange(behind: Behind, host: str, port: int, security: Any = None) -> tuple[Recorder, Recorder, Any]:
@@ -223,13 +224,13 @@ def test_what_it_tells_of_tls(loop: headrace.EventLoop, tmp_path: Path, mutual: 
         security = headrace.TLS(ca=ca_file(), alpn=["ours"], truncation="eof", **own)
         async with serving() as behind:
             with haproxy(tmp_path, bind, f"{behind.target} send-proxy-v2 {told}"):
-                client, server, near = await exchange(behind, "127.0.0.1", port, security)
+                _, server, near = await exchange(behind, "127.0.0.1", port, security)
         header = header_of(server)
         assert (header.source, header.alpn, header.authority) == (near, b"ours", SERVER)
         tls = header.ssl
         assert tls is not None
         assert (tls.is_tls, tls.is_certificate_of_connection, tls.is_verified) == (True, mutual, mutual)
-        assert tls.version == ssl.TLSVersion.TLSv1_3.name.replace("_", ".")
+        assert tls.version == "TLSv1.3"
         assert tls.cipher is not None
         assert tls.cipher.startswith("TLS_")
         assert tls.signature_algorithm
