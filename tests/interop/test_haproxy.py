@@ -1,4 +1,4 @@
-"""PROXY headers that HAProxy sends, and those that it accepts: in TCP mode, before servers and behind clients of ours."""
+"""PROXY headers that HAProxy sends, and those that it accepts: before servers of ours, and behind clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peers import CLIENT, SERVER, Process, free_port, listening
 
 import headrace
 from authorities import ca_file, issued
-from headrace.framing.proxy import ALPN, NOOP
+from headrace.framing.proxy import ALPN, CRC32C, NOOP
 from streams import Leases, Recorder
 
 PATIENCE = 30.0
@@ -77,7 +77,9 @@ class Behind:
 
     @property
     def target(self) -> str:
-        return f"{self.address[0]}:{self.address[1]}" if isinstance(self.address, tuple) else f"unix@{self.address}"
+        if isinstance(self.address, tuple):
+            return f"{self.address[0]}:{self.address[1]}"
+        return f"unix@{self.address}"
 
 
 @contextlib.asynccontextmanager
@@ -100,7 +102,9 @@ async def serving(*security: Any, path: Path | None = None) -> Any:
         await asyncio.sleep(0.001)
 
 
-async def exchange(behind: Behind, host: str, port: int, security: Any = None) -> tuple[Recorder, Recorder, Any]:
+async def exchange(
+    behind: Behind, host: str, port: int, security: Any = None
+) -> tuple[Recorder, Recorder, Any]:
     """Data both ways through HAProxy: what the client and the server noted, and the client's own address."""
     loop: Any = asyncio.get_running_loop()
     named = {"server_hostname": SERVER} if security is not None else {}
@@ -246,7 +250,9 @@ SENT = {
     "v1 over IPv6": headrace.ProxyHeader(FOR_CLIENT6, FOR_SERVER6, version=1),
     "v2": headrace.ProxyHeader(FOR_CLIENT, FOR_SERVER),
     "v2 over IPv6": headrace.ProxyHeader(FOR_CLIENT6, FOR_SERVER6),
-    "v2 with TLVs": headrace.ProxyHeader(FOR_CLIENT, FOR_SERVER, tlvs=((ALPN, b"h2"), (NOOP, b""), (3, bytes(4)))),
+    "v2 with TLVs": headrace.ProxyHeader(
+        FOR_CLIENT, FOR_SERVER, tlvs=((ALPN, b"h2"), (NOOP, b""), (CRC32C, bytes(4)))
+    ),
     "unknown": headrace.ProxyHeader(version=1),
     "unspecified": headrace.ProxyHeader(),
     "local": headrace.ProxyHeader(is_local=True),
