@@ -21,6 +21,7 @@ from headrace.errors import (
     StalledError,
     TruncatedError,
 )
+from headrace.framing.proxy import ProxyHeader, ProxySSL
 from headrace.loop import EventLoop, new_event_loop, run
 from headrace.protocol import Protocol
 from headrace.security import (
@@ -32,6 +33,7 @@ from headrace.security import (
     ImpersonationLevel,
     Negotiate,
     ProtectionLevel,
+    ProxyProtocol,
     SecurityInfo,
 )
 from headrace.streams import (
@@ -67,6 +69,9 @@ __all__ = [
     "Negotiate",
     "ProtectionLevel",
     "Protocol",
+    "ProxyHeader",
+    "ProxyProtocol",
+    "ProxySSL",
     "Reader",
     "SecurityError",
     "SecurityInfo",

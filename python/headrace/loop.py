@@ -320,7 +320,8 @@ class EventLoop(SocketOperations):
         **options: Any,
     ) -> asyncio.Server:
         """See :meth:`asyncio.loop.create_server`; with ``security=`` its connections are secured: by a
-        :class:`headrace.TLS`, a :class:`headrace.Negotiate`, or a list of them, the outermost first.
+        :class:`headrace.TLS`, a :class:`headrace.Negotiate`, or a list of them, the outermost first. Before them all
+        there may be a :class:`headrace.ProxyProtocol`.
 
         The protocol hears of a connection when its handshake is done and the peer is let in.
         """
@@ -348,8 +349,7 @@ class EventLoop(SocketOperations):
             return protocol_factory
         refuse_both(options)
         stack = stack_of(security)
-        for one in stack:
-            one.check_server()  # files that can't be used are an error now, not at the first connection
+        stack.check_server()  # files that can't be used are an error now, not at the first connection
         return lambda: serve_layers(self, stack, protocol_factory())
 
     async def create_connection(
@@ -410,19 +410,22 @@ class EventLoop(SocketOperations):
         server_hostname: str | None,
     ) -> tuple[Any, Any]:
         stack = stack_of(security)
-        for one in stack:
-            one.check_client(server_hostname)
+        stack.check_client(server_hostname)
         waiter = self.create_future()
         protocol = protocol_factory()
         layers = connect_layers(self, stack, protocol, server_hostname, waiter)
+        first = layers[-1] if layers else protocol
+        if stack.proxy is not None:
+            first = stack.proxy.sender(first)
         try:
-            await connect(lambda: layers[-1])
-            await waiter
+            transport, _ = await connect(lambda: first)
+            if layers:
+                await waiter
         except BaseException:
             for layer in layers:
                 layer.abort()
             raise
-        return layers[0], protocol
+        return layers[0] if layers else transport, protocol
 
     async def start_tls(
         self,

@@ -563,7 +563,7 @@ async def open_connection(
     ----------
     host, port, options
         See :meth:`asyncio.loop.create_connection`.
-    security : TLS, Negotiate or a list of them, optional
+    security : TLS, Negotiate, ProxyProtocol or a list of them, the outermost first; optional
     limit : int
         Bytes that may wait to be read, and the longest line.
 
