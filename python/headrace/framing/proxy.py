@@ -537,7 +537,7 @@ def checksum(data: bytes, at: int) -> bytes:
 
 
 @functools.cache
-def table() -> tuple[int, ...]:
+def _table() -> tuple[int, ...]:
     made = []
     for value in range(256):
         for _ in range(8):
@@ -547,7 +547,7 @@ def table() -> tuple[int, ...]:
 
 
 def crc32c(data: bytes) -> int:
-    steps = table()
+    steps = _table()
     value = 0xFFFFFFFF
     for byte in data:
         value = value >> 8 ^ steps[(value ^ byte) & 0xFF]

@@ -42,6 +42,10 @@ UNIX = "unix"
 class ProxyProtocol(PendingConnections):
     """PROXY headers of both versions, received by a server or sent by a client; the first of what ``security=`` takes.
 
+    Behind a header, ``transport.get_extra_info("peername")`` and ``"sockname"`` are its addresses, unless it has none
+    (LOCAL, UNKNOWN); ``"proxy_peername"`` and ``"proxy_sockname"`` are the real ones and ``"proxy"`` is the
+    :class:`headrace.ProxyHeader`. A connection without a header has none of the three.
+
     Parameters
     ----------
     trusted : iterable of str or network
@@ -63,10 +67,6 @@ class ProxyProtocol(PendingConnections):
         What a client sends.
     source, destination : address, optional
         The same for the usual case: see :class:`headrace.ProxyHeader`.
-
-    Behind a header, ``transport.get_extra_info("peername")`` and ``"sockname"`` are its addresses, unless it has none
-    (LOCAL, UNKNOWN); ``"proxy_peername"`` and ``"proxy_sockname"`` are the real ones and ``"proxy"`` is the
-    :class:`headrace.ProxyHeader`. A connection without a header has none of the three.
 
     Raises
     ------
