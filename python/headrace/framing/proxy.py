@@ -19,7 +19,6 @@ Source: "The PROXY protocol, Versions 1 & 2" of HAProxy's authors; its sections 
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import socket
@@ -536,21 +535,20 @@ def checksum(data: bytes, at: int) -> bytes:
     return crc32c(data[:at] + bytes(4) + data[at + 4 :]).to_bytes(4, "big")
 
 
-@functools.cache
-def _table() -> tuple[int, ...]:
-    made = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
-        made.append(value)
-    return tuple(made)
+def remainder(value: int) -> int:
+    """Of one byte, by the polynomial."""
+    for _ in range(8):
+        value = value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
+    return value
+
+
+REMAINDERS = tuple(remainder(value) for value in range(256))
 
 
 def crc32c(data: bytes) -> int:
-    steps = _table()
     value = 0xFFFFFFFF
     for byte in data:
-        value = value >> 8 ^ steps[(value ^ byte) & 0xFF]
+        value = value >> 8 ^ REMAINDERS[(value ^ byte) & 0xFF]
     return value ^ 0xFFFFFFFF
 
 
