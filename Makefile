@@ -22,8 +22,8 @@ test:            ## the test suite, both engines
 	@.ci/setup applications demo interop realm test
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
-bench:           ## benchmarks against asyncio, uvloop, rloop, Twisted and C
-	@.ci/setup applications bench demo test
+bench:           ## benchmarks against asyncio, uvloop, rloop, Twisted, .NET and C
+	@.ci/setup applications bench demo realm test
 	$(BIN)/python -m pytest bench $(ARGS)
 
 lint:            ## ruff, cython-lint, mypy --strict, stubtest

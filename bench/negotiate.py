@@ -62,7 +62,8 @@ class Row:
 ROWS = [
     Row("into the server", "sink", "s/GB", 64 * MEBIBYTE, 1e9),
     Row("out of the server", "source", "s/GB", 64 * MEBIBYTE, 1e9),
-    Row("into the server at 1 Gbit/s", "sink", "s/GB", 64 * MEBIBYTE, 1e9, rate=GIGABIT),
+    Row("into the server at 1 Gbit/s", "sink", "% of a core", 64 * MEBIBYTE, GIGABIT * 100, rate=GIGABIT),
+    Row("out of the server at 1 Gbit/s", "source", "% of a core", 64 * MEBIBYTE, GIGABIT * 100, rate=GIGABIT),
     Row("echo 12 KiB, 10 connections", "echo", "us", 4000, 1e6, connections=10, size=12 * 1024),
     Row("echo 64 B, 100 connections", "echo", "us", 10_000, 1e6, connections=100, size=64),
     Row("handshake", "handshake", "us", 200, 1e6, connections=4),
@@ -231,11 +232,26 @@ async def source(row: Row, server: Server, security: Any) -> float:
     client = await connected(server.port, security)
     used = server.processor_time()
     client.transport.write(b"g")
+    pacing = asyncio.create_task(read_slowly(client, row.rate)) if row.rate else None
     await client.until(int(row.amount))
+    if pacing is not None:
+        pacing.cancel()
     used = server.processor_time() - used
     client.transport.abort()
     await client.lost.wait()
     return used
+
+
+async def read_slowly(client: Client, rate: float) -> None:
+    """Reads ``rate`` bytes per second: whoever sends is held up by TCP's flow control, as on a link of that speed."""
+    began = time.perf_counter()
+    while True:
+        ahead = client.received / rate - (time.perf_counter() - began)
+        if ahead > 0:
+            client.transport.pause_reading()
+            await asyncio.sleep(ahead)
+            client.transport.resume_reading()
+        await asyncio.sleep(0.001)
 
 
 async def echo(row: Row, server: Server, security: Any) -> float:
@@ -304,14 +320,17 @@ def measure(row: Row, peers: list[str], realm: Realm, folder: Path, rounds: int)
     return costs
 
 
+def compared(costs: dict[str, list[float]], peer: str) -> str:
+    """What ours cost by what the peer's did, of the same rounds: the median and its 90 % interval."""
+    ratio = estimate([ours / value for ours, value in zip(costs[REFERENCE], costs[peer], strict=True)])
+    assert ratio is not None
+    return f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
+
+
 def report(row: Row, costs: dict[str, list[float]]) -> str:
     lines = [f"### {row.name}", "", f"| peer | CPU {row.unit} | ours / this |", "|---|---|---|"]
     for peer, values in costs.items():
-        # Only figures of the same round are compared.
-        ratio = estimate([ours / value for ours, value in zip(costs[REFERENCE], values, strict=True)])
-        assert ratio is not None
-        shown = f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
-        lines.append(f"| {peer} | {statistics.median(values):.3g} | {shown} |")
+        lines.append(f"| {peer} | {statistics.median(values):.3g} | {compared(costs, peer)} |")
     return "\n".join(lines) + "\n"
 
 
