@@ -32,6 +32,7 @@ MODULES = (
     "_file",
     "_datagram",
     "_tls_pump",
+    "_kerberos",
 )
 # What a change to a C header must rebuild: setuptools can't see through Cython.
 HEADERS = {"_uring": ["pyx/uring_abi.h"]}

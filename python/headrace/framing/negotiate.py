@@ -32,7 +32,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from typing import Protocol as TypingProtocol
 
 from headrace.errors import AuthenticationError, FramingError
@@ -117,6 +117,7 @@ class NegotiateCore:
         "_done_received",
         "_done_sent",
         "_frame_size",
+        "_in_batches",
         "_out",
         "_part",
         "_protection",
@@ -145,6 +146,7 @@ class NegotiateCore:
         self._server_side = server_side
         self._frame_size = frame_size
         self._protection: Protection | None = None
+        self._in_batches = False  # the protection works off several frames at a time
         self._out: list[bytes] = []
         self._part = bytearray()  # the beginning of a frame, header included, when it came in pieces
         self._wanted = 0  # its size, once the header is there
@@ -175,6 +177,7 @@ class NegotiateCore:
             )
         if complete:
             self._protection = protection
+            self._in_batches = getattr(protection, "in_batches", False)
             if token or self._server_side:
                 self._say(DONE, token)
             self._done_sent = True
@@ -323,6 +326,8 @@ class NegotiateCore:
         if self._part:
             position = self._continue_frame(view, plaintext)
         frames = 0
+        if self._in_batches:
+            position, frames = self._batch(view, position, plaintext)
         while size - position >= 4:
             length = (
                 view[position] | view[position + 1] << 8 | view[position + 2] << 16 | view[position + 3] << 24
@@ -340,6 +345,15 @@ class NegotiateCore:
         if position < size:
             self._begin_frame(view[position:])
         return view[:0]
+
+    def _batch(self, view: memoryview, position: int, plaintext: list[bytes]) -> tuple[int, int]:
+        """As many frames as the protection takes at once: (the position behind them, how many)."""
+        batch: Any = self._protection
+        position, frames, self._silent = batch.unwrap_frames(
+            view, position, TURN_FRAMES, plaintext, self._silent, SILENT_LIMIT
+        )
+        self._check_silent()
+        return position, frames
 
     def _begin_frame(self, view: memoryview) -> None:
         self._part += view
@@ -373,6 +387,9 @@ class NegotiateCore:
             plaintext.append(data)
             return
         self._silent += 1
+        self._check_silent()
+
+    def _check_silent(self) -> None:
         if self._silent > SILENT_LIMIT:
             self._broken(f"more than {SILENT_LIMIT} frames in a row carried no data")
 
@@ -392,6 +409,10 @@ class NegotiateCore:
             raise RuntimeError(f"nothing can be sent in state {self.state.value!r}")
         if self._protection is None:
             self._out.append(bytes(data))
+            return
+        if self._in_batches:
+            batch: Any = self._protection
+            self._out.append(batch.wrap_frames(data, self._frame_size))
             return
         wrap, size, out, header = self._protection.wrap, self._frame_size, self._out, DATA_HEADER
         view = memoryview(data)

@@ -1,6 +1,8 @@
 """Kerberos around messages: the Wrap tokens of RFC 4121, made here from the keys that GSSAPI's context had.
 
-MIT's own are five times as slow. The cryptography is in ``enctypes.py``; this is what is around it.
+MIT's own are five times as slow and more. Sealed tokens are made and opened by the Cython module ``_kerberos``, a
+write's or a receive's at a time, over the interpreter's own OpenSSL; where that can't be had, and unsealed ones always,
+here, over the cryptography in ``enctypes.py``. ``HEADRACE_KERBEROS=native`` or ``python`` in the environment forces one.
 
 Rules
 -----
@@ -27,21 +29,31 @@ Rules
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import struct
 from typing import Any, NoReturn, Protocol, TypeAlias
 
-from headrace.errors import AuthenticationError, FramingError
+from headrace.errors import AuthenticationError, EngineUnavailable, FramingError
 from headrace.security.enctypes import (
     BLOCK,
+    ENCRYPTION_KEY,
     ENCTYPES,
+    INTEGRITY_KEY,
     Checksum,
     Decryptor,
     Encryptor,
     Enctype,
+    derive_key,
     supported_enctype,
 )
 
 __all__ = ["KerberosProtection", "supported_enctype"]
+
+logger = logging.getLogger("headrace.security")
+
+VARIABLE = "HEADRACE_KERBEROS"
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -132,7 +144,9 @@ class SealedReceiver:
             raise too_short(view, self._shortest)
         header = view[:SIZE].tobytes()
         usual = HEADER.pack(WRAP, self._flags, FILLER, 0, 0, self._number)
-        filler, body = (0, view[SIZE:]) if header == usual else self._unusual(header, view)
+        filler, body = 0, view[SIZE:]
+        if header != usual:
+            filler, body = unusual(header, view, self._flags, self._number, self._shortest)
         plain = self._decryptor.decrypt(body)
         end = len(plain) - SIZE
         copy = plain[end:].tobytes()
@@ -140,13 +154,6 @@ class SealedReceiver:
             raise FramingError("a token's header isn't the one that was sealed")
         self._number = (self._number + 1) % NUMBERS
         return plain[: end - filler].tobytes()
-
-    def _unusual(self, header: bytes, view: memoryview) -> tuple[int, memoryview]:
-        """(how much filler there is, the body in order) of a token with EC or RRC; most others end here."""
-        filler, rotation = check_header(header, self._flags, self._number)
-        if filler > len(view) - self._shortest:
-            raise FramingError(f"a token of {len(view)} bytes says that {filler} of them are filler")
-        return filler, rotated_back(view[SIZE:], rotation)
 
 
 class SignedReceiver:
@@ -176,6 +183,104 @@ class SignedReceiver:
         return data.tobytes()
 
 
+# ---- the same by _kerberos -------------------------------------------------------------------------------------------
+
+
+class NativeSender:
+    """Encrypts; whole writes, too."""
+
+    __slots__ = ("_sealer", "overhead", "wrap", "wrap_frames")
+
+    def __init__(self, enctype: Enctype, key: bytes, flags: int, number: int) -> None:
+        from headrace._kerberos import Sealer
+
+        self._sealer = Sealer(*native_arguments(enctype, key, flags, number))
+        self.overhead = self._sealer.overhead
+        self.wrap = self._sealer.wrap
+        self.wrap_frames = self._sealer.wrap_frames
+
+
+class NativeReceiver:
+    """Decrypts; whole receives, too."""
+
+    __slots__ = ("_flags", "_opener", "unwrap_frames")
+
+    def __init__(self, enctype: Enctype, key: bytes, flags: int, number: int) -> None:
+        from headrace._kerberos import Opener
+
+        self._flags = flags
+        self._opener = Opener(*native_arguments(enctype, key, flags, number))
+        self.unwrap_frames = self._opener.unwrap_frames
+
+    def unwrap(self, token: Buffer) -> bytes:
+        opener = self._opener
+        data = opener.unwrap(token)
+        if data is not None:
+            return data
+        view = memoryview(token)
+        header = view[:SIZE].tobytes()
+        filler, body = unusual(header, view, self._flags, opener.number, opener.overhead)
+        return opener.open(header, body, filler)
+
+
+def native_arguments(
+    enctype: Enctype, key: bytes, flags: int, number: int
+) -> tuple[bytes, bytes, str, int, bool, int, int]:
+    keys = (derive_key(enctype, key, usage_of(flags), purpose) for purpose in (ENCRYPTION_KEY, INTEGRITY_KEY))
+    encryption_key, integrity_key = keys
+    hash_name, then_mac = enctype.hash.name, enctype.encrypt_then_mac
+    return encryption_key, integrity_key, hash_name, enctype.mac_size, then_mac, flags, number
+
+
+@functools.cache
+def native_reason() -> str:
+    """Why ``_kerberos`` can't be used here; ``""`` if it can. It's tried out, once."""
+    try:
+        from headrace import _kerberos
+    except ImportError as error:
+        return str(error)
+    problem = _kerberos.load()
+    if problem:
+        return problem
+    try:
+        for enctype in ENCTYPES.values():
+            self_test(enctype)
+    except (FramingError, RuntimeError) as error:
+        return f"its self-test failed: {error}"
+    return ""
+
+
+def self_test(enctype: Enctype) -> None:
+    """Messages each way between the two kinds; RuntimeError or FramingError if something doesn't fit."""
+    key = bytes(range(enctype.key_size))
+    for sender, receiver in ((NativeSender, SealedReceiver), (SealedSender, NativeReceiver)):
+        to, back = sender(enctype, key, SEALED, 1), receiver(enctype, key, SEALED, 1)
+        for size in (0, 33, 1000):
+            message = bytes(size)
+            if back.unwrap(to.wrap(message)) != message:
+                raise RuntimeError(f"what was sealed and what was opened differ with {enctype.name}")
+
+
+@functools.cache
+def sealed_kinds(wanted: str) -> tuple[type[Sender], type[Receiver]]:
+    """What seals and opens, for a value of the variable."""
+    if wanted not in ("", "python", "native"):
+        raise ValueError(f"{VARIABLE} must be 'python' or 'native', not {wanted!r}")
+    if wanted == "python":
+        return SealedSender, SealedReceiver
+    if reason := native_reason():
+        if wanted:
+            raise EngineUnavailable(
+                f"{VARIABLE}=native can't be had here: {reason}. Unset it, or use another Python"
+            )
+        logger.debug("Kerberos tokens are made in Python; the native module can't be used here: %s", reason)
+        return SealedSender, SealedReceiver
+    return NativeSender, NativeReceiver
+
+
+# ---- what they have in common ----------------------------------------------------------------------------------------
+
+
 def too_short(view: memoryview, shortest: int) -> FramingError:
     return FramingError(f"a token of {len(view)} bytes is too short: {shortest} are the least")
 
@@ -192,6 +297,16 @@ def check_header(header: bytes, flags: int, number: int) -> tuple[int, int]:
         what = "was repeated or is late" if its_number < number else "came too early: others are missing"
         raise FramingError(f"token number {its_number} {what}; {number} is the next")
     return extra, rotation
+
+
+def unusual(
+    header: bytes, view: memoryview, flags: int, number: int, shortest: int
+) -> tuple[int, memoryview]:
+    """(how much filler there is, the body in order) of a token with EC or RRC; most others end here."""
+    filler, rotation = check_header(header, flags, number)
+    if filler > len(view) - shortest:
+        raise FramingError(f"a token of {len(view)} bytes says that {filler} of them are filler")
+    return filler, rotated_back(view[SIZE:], rotation)
 
 
 def rotated_back(body: memoryview, rotation: int) -> memoryview:
@@ -213,11 +328,14 @@ class Lost:
 
     overhead = 0
 
-    def wrap(self, data: Buffer) -> NoReturn:
+    def wrap(self, data: Buffer, frame_size: int = 0) -> NoReturn:
         raise FramingError("nothing can be protected any more: an earlier token has failed")
 
-    def unwrap(self, token: Buffer) -> NoReturn:
+    def unwrap(self, token: Buffer, *more: object) -> NoReturn:
         raise FramingError("nothing can be trusted any more: an earlier token has failed")
+
+    wrap_frames = wrap
+    unwrap_frames = unwrap
 
 
 class KerberosProtection:
@@ -244,12 +362,14 @@ class KerberosProtection:
     overhead : int
         Bytes that a token is longer than its message: 60, 64 or 72 sealed, 28, 32 or 40 signed only.
     enctype : int
+    in_batches : bool
+        Whether ``wrap_frames`` and ``unwrap_frames`` can be used.
 
     Raises ``ValueError`` for an encryption type, a key or a number that can't be. Not thread-safe; nothing blocks.
     A sealed connection keeps up to 32 KiB of working space once messages have gone both ways.
     """
 
-    __slots__ = ("_receiver", "_sender", "enctype", "overhead", "sealed")
+    __slots__ = ("_receiver", "_sender", "enctype", "in_batches", "overhead", "sealed")
 
     def __init__(
         self,
@@ -273,10 +393,14 @@ class KerberosProtection:
         self.sealed = sealed
         shared = (SEALED if sealed else 0) | (ACCEPTOR_SUBKEY if acceptor_subkey else 0)
         ours, theirs = (0, SENT_BY_ACCEPTOR) if initiator else (SENT_BY_ACCEPTOR, 0)
-        sender, receiver = (SealedSender, SealedReceiver) if sealed else (SignedSender, SignedReceiver)
-        self._sender: Sender = sender(kind, key, shared | ours, send_sequence)
-        self._receiver: Receiver = receiver(kind, key, shared | theirs, receive_sequence)
+        sender: Any = SignedSender
+        receiver: Any = SignedReceiver
+        if sealed:
+            sender, receiver = sealed_kinds(os.environ.get(VARIABLE, ""))
+        self._sender: Any = sender(kind, key, shared | ours, send_sequence)
+        self._receiver: Any = receiver(kind, key, shared | theirs, receive_sequence)
         self.overhead = self._sender.overhead
+        self.in_batches = sender is NativeSender
 
     @classmethod
     def from_lucid(cls, lucid: Any, *, sealed: bool) -> KerberosProtection:
@@ -317,10 +441,20 @@ class KerberosProtection:
         isn't a contiguous buffer of bytes is a failure, too.
         """
         try:
-            return self._sender.wrap(data)
+            token: bytes = self._sender.wrap(data)
         except BaseException:
             self._fail()
             raise
+        return token
+
+    def wrap_frames(self, data: Buffer, frame_size: int) -> bytes:
+        """All of ``data`` as frames of NegotiateStream, each with a token around at most ``frame_size`` bytes."""
+        try:
+            frames: bytes = self._sender.wrap_frames(data, frame_size)
+        except BaseException:
+            self._fail()
+            raise
+        return frames
 
     def unwrap(self, token: Buffer) -> bytes:
         """What is in the next token of the peer's; may be empty.
@@ -329,10 +463,30 @@ class KerberosProtection:
         agreed, and after an earlier failure.
         """
         try:
-            return self._receiver.unwrap(token)
+            data: bytes = self._receiver.unwrap(token)
         except BaseException:
             self._fail()
             raise
+        return data
+
+    def unwrap_frames(
+        self,
+        view: memoryview,
+        position: int,
+        most: int,
+        plaintext: list[bytes],
+        silent: int,
+        most_silent: int,
+    ) -> tuple[int, int, int]:
+        """What is in the frames from ``position`` on; see ``headrace._kerberos.Opener.unwrap_frames``."""
+        try:
+            result: tuple[int, int, int] = self._receiver.unwrap_frames(
+                view, position, most, plaintext, silent, most_silent
+            )
+        except BaseException:
+            self._fail()
+            raise
+        return result
 
     def _fail(self) -> None:
         """A cipher may have stopped in the middle, and a peer that has forged once isn't to try again."""
