@@ -1,16 +1,16 @@
 """Sealed Wrap tokens of RFC 4121, many at a time. See ``security/kerberos.py``, which has the rules.
 
-``Sealer`` makes a whole write's frames in one ``bytes`` object; ``Opener`` takes the frames that one receive brought, and
-puts what was in them together. Python and ``cryptography`` do the same frame by frame (``security/enctypes.py``); there
-half of the time goes into calls and copies.
+``Sealer`` makes a whole write's frames in one ``bytes`` object; ``Opener`` takes the frames that one receive brought,
+and puts what was in them together. Python and ``cryptography`` do the same frame by frame (``security/enctypes.py``);
+there half of the time goes into calls and copies.
 
 How it works
 ------------
 * AES and the hashes are the interpreter's own OpenSSL's: libcrypto is neither linked nor are its headers needed, its
   functions are found at run time in the library that ``_hashlib`` has loaded. All of them are public and documented.
-* A direction has one cipher context for its lifetime, in CBC mode, and each message begins with an IV of zeros: setting
-  that is far cheaper than setting up a key. HMAC is two hash contexts that have the padded key behind them already, and
-  are copied for each message.
+* A direction has one cipher context for its lifetime, in CBC mode, and each message begins with an IV of zeros: to set
+  that is far cheaper than to set up a key. HMAC is two hash contexts that have the padded key behind them already,
+  and are copied for each message.
 * The last two blocks of a ciphertext are swapped, and the last but one is cut to where the message ends (RFC 3962
   section 5: CBC-CS3). All before them is encrypted or decrypted where it's to be; short messages are put together first,
   for one call is cheaper than three.

@@ -10,14 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import AuthenticationError, FramingError
 from headrace.security import enctypes
 from headrace.security.contexts import MessageProtection
 from headrace.security.enctypes import CHECKSUM_KEY, ENCRYPTION_KEY, ENCTYPES, INTEGRITY_KEY
-from headrace.security.kerberos import HEADER, KerberosProtection, supported_enctype
+from headrace.security.kerberos import (
+    HEADER,
+    VARIABLE,
+    KerberosProtection,
+    sealed_kinds,
+    supported_enctype,
+)
 from realm import ENCTYPES as REALM_ENCTYPES
 from realm import Realm
 
@@ -27,6 +33,15 @@ LARGE = [
 ]
 SIZES = [*range(301), *LARGE]
 h = bytes.fromhex
+
+
+@pytest.fixture(params=["native", "python"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two makes sealed tokens."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    sealed_kinds(request.param)
+    return str(request.param)
+
 
 every_enctype = pytest.mark.parametrize("number", NUMBERS)
 both_protections = pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "signed"])
@@ -254,7 +269,7 @@ def test_overhead(number: int, sealed: bool) -> None:
         assert len(one.wrap(bytes(size))) == size + one.overhead
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     number=st.sampled_from(NUMBERS),
     sealed=st.booleans(),
@@ -280,7 +295,7 @@ def test_round_trip(
         assert receiver.unwrap(kinds[(kind + 1) % 4](token)) == data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     number=st.sampled_from(NUMBERS),
     sealed=st.booleans(),

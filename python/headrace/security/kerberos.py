@@ -1,8 +1,9 @@
 """Kerberos around messages: the Wrap tokens of RFC 4121, made here from the keys that GSSAPI's context had.
 
-MIT's own are five times as slow and more. Sealed tokens are made and opened by the Cython module ``_kerberos``, a
-write's or a receive's at a time, over the interpreter's own OpenSSL; where that can't be had, and unsealed ones always,
-here, over the cryptography in ``enctypes.py``. ``HEADRACE_KERBEROS=native`` or ``python`` in the environment forces one.
+MIT's own are five times as slow and more. Sealed tokens are made and opened by the Cython module ``_kerberos``, those
+of a whole write or receive at a time, over the interpreter's own OpenSSL. Where that can't be had it's done here, over
+the cryptography in ``enctypes.py``, and so it is for unsealed ones. ``HEADRACE_KERBEROS=native`` or ``python`` in the
+environment forces one.
 
 Rules
 -----
@@ -29,7 +30,6 @@ Rules
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import struct
@@ -232,9 +232,18 @@ def native_arguments(
     return encryption_key, integrity_key, hash_name, enctype.mac_size, then_mac, flags, number
 
 
-@functools.cache
+_reason: str | None = None  # as native_reason() has found out
+
+
 def native_reason() -> str:
     """Why ``_kerberos`` can't be used here; ``""`` if it can. It's tried out, once."""
+    global _reason
+    if _reason is None:
+        _reason = try_native()
+    return _reason
+
+
+def try_native() -> str:
     try:
         from headrace import _kerberos
     except ImportError as error:
@@ -261,7 +270,6 @@ def self_test(enctype: Enctype) -> None:
                 raise RuntimeError(f"what was sealed and what was opened differ with {enctype.name}")
 
 
-@functools.cache
 def sealed_kinds(wanted: str) -> tuple[type[Sender], type[Receiver]]:
     """What seals and opens, for a value of the variable."""
     if wanted not in ("", "python", "native"):
