@@ -6,14 +6,14 @@ there half of the time goes into calls and copies.
 
 How it works
 ------------
-* AES and the hashes are the interpreter's own OpenSSL's: libcrypto is neither linked nor are its headers needed, its
+* AES and the hashes are the interpreter's own OpenSSL's: libcrypto is neither linked nor are its headers needed; its
   functions are found at run time in the library that ``_hashlib`` has loaded. All of them are public and documented.
 * A direction has one cipher context for its lifetime, in CBC mode, and each message begins with an IV of zeros: to set
   that is far cheaper than to set up a key. HMAC is two hash contexts that have the padded key behind them already,
   and are copied for each message.
 * The last two blocks of a ciphertext are swapped, and the last but one is cut to where the message ends (RFC 3962
-  section 5: CBC-CS3). All before them is encrypted or decrypted where it's to be; short messages are put together first,
-  for one call is cheaper than three.
+  section 5: CBC-CS3). All before them is encrypted or decrypted where it's to be; short messages are put together
+  first, for one call is cheaper than three.
 * What was decrypted is handed out only behind a checksum that was right. Checksums are compared in constant time.
 """
 import ssl

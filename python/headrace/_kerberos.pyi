@@ -2,11 +2,13 @@ from collections.abc import Iterator
 from typing import final
 
 from _typeshed import ReadableBuffer
+from typing_extensions import disjoint_base
 
 __all__ = ["Opener", "Sealer", "load"]
 
 def load() -> str: ...
 
+@disjoint_base
 class Direction:
     def __init__(
         self,
